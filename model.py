@@ -1,0 +1,228 @@
+"""The GPT that every script here trains, its key-value cache, and the sampler.
+
+The architecture is OLMo's (arXiv 2402.00838), the one of the study: rotary positions, LayerNorm without
+parameters, SwiGLU, no biases. The model knows ids only; text is the business of data/.
+Imported by pretrain.py and rl.py: nothing is launched, read or written here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int  # V, the end-of-text token included
+    context: int = 256  # positions at most, prompt and completion together
+    width: int = 128  # C
+    layers: int = 4
+    heads: int = 4  # H; the head width D = C / H must be even for the rotation
+    tied: bool = True  # one matrix for the embedding and the output
+    init_std: float = 0.02  # of every weight, truncated at three of them
+    rope_base: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated; `length[b]` slots of row b hold real tokens.
+
+    Rows are ragged: each writes at its own next slot, so a short prompt needs no padding on the left and
+    every token keeps the position that it has alone. Attention reads only the first `filled` slots.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, device, dtype):
+        shape = (config.layers, batch, config.heads, capacity, config.width // config.heads)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, D)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)  # (B,)
+        self.filled = 0  # the longest row, known without asking the device
+
+    def advance(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Makes room for T more tokens in each row; returns positions (B, T) and mask (B, 1, T, S)."""
+        self.filled += T
+        if self.filled > self.k.size(3):
+            raise ValueError(f"the cache holds {self.k.size(3)} tokens a row, {self.filled} needed")
+        steps = torch.arange(self.filled, device=self.length.device)
+        self.positions = self.length[:, None] + steps[:T]  # (B, T)
+        self.length = self.length + T
+        return self.positions, (steps <= self.positions[:, :, None])[:, None]
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Writes k, v (B, H, T, D) at the rows' own slots; returns all that is filled, (B, H, S, D)."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)
+        return self.k[layer, :, :, : self.filled], self.v[layer, :, :, : self.filled]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops every row but `rows` (ids of rows, or a boolean for each)."""
+        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv 2104.09864): turns x (B, H, T, D) by the angles in rope (2, ..., T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = rope.unbind(0)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x, rope, mask=None, cache=None, layer=0):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, H, S, D): the past and the present
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202). OLMo fuses gate and up; apart, the backward pass joins nothing."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, 4C) inside
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask=None, cache=None, layer=0):
+        x = x + self.attention(F.layer_norm(x, x.shape[-1:]), rope, mask, cache, layer)
+        return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.width % (2 * config.heads):
+            raise ValueError(f"width {config.width} must be a multiple of 2 x heads ({config.heads})")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        for w in self.parameters():
+            nn.init.trunc_normal_(w, 0.0, config.init_std, -3 * config.init_std, 3 * config.init_std)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        D = config.width // config.heads
+        rate = config.rope_base ** (-torch.arange(0, D, 2) / D)  # (D/2,) radians a position
+        angle = torch.arange(config.context)[:, None] * rate  # (context, D/2)
+        self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
+
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Last normalised hidden states (B, T, C) of ids (B, T), which continue `cache` where one is given."""
+        T = ids.size(1)
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
+        if cache is None:
+            rope, mask = self.rope[:, :T], None  # (2, T, D/2)
+        else:
+            positions, mask = cache.advance(T)
+            rope = self.rope[:, positions][:, :, None]  # (2, B, 1, T, D/2)
+        x = self.embed(ids)  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache, layer)
+        return F.layer_norm(x, x.shape[-1:])
+
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits (B, T, V) of the token after each of ids (B, T)."""
+        return self.head(self.hidden(ids, cache))
+
+    def param_groups(self, weight_decay: float) -> list[dict]:
+        """Groups for AdamW: the study decays every weight, and there are no gains or biases to spare."""
+        return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
+
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward for one token at full context: 6N + 12 L C T (arXiv 2204.02311, B).
+
+        N counts the weights that are multiplied: an untied embedding is only looked up.
+        """
+        c = self.config
+        N = sum(p.numel() for p in self.parameters()) - (not c.tied) * self.embed.weight.numel()
+        return 6 * N + 12 * c.layers * c.width * c.context
+
+
+def sample(logits, temperature, top_p, uniform):
+    """One token (B,) for each row of logits (B, V), and its log-prob (B,) in fp32.
+
+    Inverse transform sampling: `uniform` (B,) in (0, 1] is the only randomness, so a row's token depends on
+    nothing but the row. The log-prob is of the whole distribution at this temperature (1 when greedy, at 0):
+    top-p limits what is drawn, not what is reported.
+    """
+    logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature == 0:
+        token = logp.argmax(dim=-1)
+    elif top_p == 1:
+        cumulative = logp.exp().cumsum(dim=-1)
+        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])[:, 0]
+    else:
+        p, order = logp.exp().sort(dim=-1, descending=True)
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # keep what starts below top_p, so never none
+        cumulative = p.cumsum(dim=-1)
+        rank = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
+        token = order.gather(1, rank)[:, 0]
+    return token, logp.gather(1, token[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos, generator, temperature=1.0, top_p=1.0):
+    """Continues each of `prompts` (lists of ids, of any lengths) up to `eos` or `max_new_tokens` = N tokens.
+
+    `generator` is one torch.Generator on the CPU, or a list with one for each prompt: then a prompt's tokens
+    are the same in any batch. Returns tokens (B, N), filled with eos at the end; mask (B, N), true up to the
+    first eos and on it; logp (B, N) in fp32 at `temperature`, zero outside the mask.
+    """
+    B, N, device = len(prompts), max_new_tokens, model.embed.weight.device
+    if max(map(len, prompts)) + N > model.config.context or not all(map(len, prompts)):
+        raise ValueError(f"a prompt must have 1 to {model.config.context - N} tokens, to leave room for {N}")
+    if isinstance(generator, list):
+        uniform = torch.stack([torch.rand(N, generator=g) for g in generator])
+    else:
+        uniform = torch.rand(B, N, generator=generator)
+    uniform = (1 - uniform).to(device)  # (0, 1]: a token of probability zero is never reached
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
+    tokens = torch.full((B, N), eos, device=device)
+    mask = torch.zeros((B, N), dtype=torch.bool, device=device)
+    logp = torch.zeros((B, N), device=device)
+
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed.weight.dtype
+    cache = KVCache(model.config, B, ids.size(1) + N, device, dtype)
+    rows = torch.arange(B, device=device)  # those still being written
+    alive = torch.ones_like(rows, dtype=torch.bool)  # for each of rows: no eos yet
+    last = model.hidden(ids, cache)[rows, lengths - 1]  # (B, C)
+    cache.length = lengths  # the padding on the right is forgotten, and overwritten
+    for t in range(N):
+        token, token_logp = sample(model.head(last), temperature, top_p, uniform[rows, t])
+        tokens[rows, t] = token.where(alive, eos)
+        logp[rows, t] = token_logp * alive
+        mask[rows, t] = alive
+        alive = alive & (token != eos)
+        if t % 4 == 3 or t == N - 1:  # the only question that the host asks the device
+            left = int(alive.sum())
+            if left == 0 or t == N - 1:
+                break
+            if left < 0.9 * len(rows):  # finished rows cost as much as others until they leave
+                rows, token = rows[alive], token[alive]
+                cache.keep(alive)
+                alive = alive[alive]
+        last = model.hidden(token[:, None], cache)[:, 0]
+    return tokens, mask, logp

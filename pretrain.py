@@ -1,0 +1,548 @@
+"""Pretrains a GPT on a mixture of corpora: `torchrun pretrain.py`, from one CPU process to many GPUs.
+
+Reads token files (made on first use), writes out_dir: config.json, mixture.json, metrics.jsonl, ckpt.pt.
+Run it again to continue an unfinished run. The plumbing that rl.py shares (configuration, processes, log,
+checkpoints) is here too. `--help` lists the settings.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import UserError
+from data.mixture import Mixture, parse_mix
+from data.prepare import prepare, read_tokens
+from data.tasks import load_questions
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, generate
+from verify import FORMATS, split_format
+
+
+@dataclass
+class Config:
+    preset: Literal["tiny", "150m", "1b"] = "tiny"  # fills in the fields that PRESETS names
+    config: str = ""  # a .json of these fields, such as another run's config.json
+    out_dir: str = "out/pretrain"  # the run's folder
+    overwrite: bool = False  # true deletes what is in out_dir and starts afresh
+    data_dir: str = "out/data"  # token files
+    tokenizer: Literal["toy", "gpt2"] = "toy"
+    mix: str = "toy-tinygsm,toy-omi1,toy-omi2"  # NAME[:PASSES],... or NAME:PERCENT%,... with tokens
+    tokens: float = 0  # budget of a mixture in percent; a mixture in passes has its own
+    context: int = 256  # tokens of a sequence, at least those of a prompt and its completion
+    width: int = 128  # of the residual stream
+    layers: int = 4
+    heads: int = 4
+    tied: bool = True  # one matrix for embedding and output
+    init_std: float = 0.02  # of every weight, truncated at three of them
+    batch_size: int = 16  # sequences of the global batch, all ranks together
+    micro_batch_size: int = 16  # sequences of one forward pass on one rank
+    learning_rate: float = 3e-3  # at the end of the warm-up
+    min_learning_rate: float = 0.1  # at the end of the cosine, as a fraction of learning_rate
+    warmup_steps: int = 50
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95
+    weight_decay: float = 0.1  # on every weight
+    grad_clip: float = 1.0  # largest norm of the gradient
+    max_steps: int = 0  # steps of the run and of its schedule; 0: the whole mixture
+    eval_every: int = 100  # steps between held-out losses
+    save_every: int = 100  # steps between checkpoints
+    log_every: int = 10  # steps between metric rows
+    seed: int = 0  # of the initialisation and of the order of the data
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 where it is faster
+    compile: bool = False  # torch.compile; needs a C++ compiler
+
+
+# The study's models (OLMo's configuration), and its batch of 512 x 2048 tokens.
+PAPER = dict(
+    tokenizer="gpt2", context=2048, batch_size=512, micro_batch_size=16, learning_rate=1e-3,
+    warmup_steps=5000, eval_every=1000, save_every=1000, compile=True,
+)  # fmt: skip
+PRESETS = {
+    "tiny": {},
+    "150m": dict(PAPER, width=768, layers=12, heads=12, tied=False),
+    "1b": dict(PAPER, width=2048, layers=16, heads=16, tied=True),
+}
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def parse_config(cls, presets: dict, argv: list[str]):
+    """An instance of dataclass `cls` from defaults < presets < --config=FILE.json < flags, in that order.
+
+    Every preset applies whose words are all among the chosen preset and algo. Flags read --key=value or --key value. Raises UserError on what it does not know, with the nearest name.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(inspect.getsource(cls))
+        for name, values in presets.items():
+            print(f"{name}:", " ".join(f"--{key}={value}" for key, value in values.items()))
+        raise SystemExit(0)
+    kinds, flags, rest = typing.get_type_hints(cls), {}, list(argv)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        name = key.removeprefix("--").replace("-", "_")
+        if not key.startswith("--") or name not in kinds:
+            raise UserError(f"unknown argument {key}{nearest(name, kinds, '--')}; --help lists all")
+        if not equals and not rest:
+            raise UserError(f"{key} needs a value: {key}=VALUE")
+        flags[name] = parse_value(name, value if equals else rest.pop(0), kinds[name])
+    stored = read_config(flags["config"], kinds) if flags.get("config") else {}
+    chosen = {{**vars(cls), **stored, **flags}.get(field) for field in ("preset", "algo")}
+    values = {}
+    for words, preset in presets.items():
+        values |= preset if set(words.split()) <= chosen else {}
+    return cls(**{**values, **stored, **flags})
+
+
+def nearest(name: str, names, prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(names), 1, 0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def parse_value(name: str, text: str, kind):
+    """`text` as int, float, bool, str or one of a Literal."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if text in choices:
+            return text
+        raise UserError(f"--{name}={text}: choose from {', '.join(choices)}{nearest(text, choices)}")
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"--{name}={text}: {wanted} is needed") from None
+
+
+def read_config(file: str, kinds: dict) -> dict:
+    """The fields of a config.json; what a run adds about itself, under "run", is passed over."""
+    try:
+        stored = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config={file} cannot be read as JSON ({error})") from None
+    stored.pop("run", None)
+    for name in stored:
+        if name not in kinds:
+            raise UserError(f"--config={file}: unknown field {name}{nearest(name, kinds)}")
+    return {name: parse_value(name, str(value), kinds[name]) for name, value in stored.items()}
+
+
+def require_positive(cfg, *names: str) -> None:
+    for name in names:
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name}={getattr(cfg, name)} must be above 0")
+
+
+# ---------------------------------------------------------------- processes
+
+
+class Processes(typing.NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value, added up over the ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value) -> list:
+        """Every rank's value, in the order of the ranks."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def setup_distributed(device: str) -> Processes:
+    """Joins the process group that torchrun describes, or a group of one; nccl on cuda, else gloo."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, neighbours = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={device} cannot be used here ({str(error).splitlines()[0]})") from None
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")
+    elif world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    if place.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc hands large freed blocks back to the kernel, which then zeroes them again at every
+        # allocation: keeping them (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) doubles the speed of a small model.
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)
+        ctypes.CDLL(None).mallopt(-1, 1 << 30)
+    if not dist.is_initialized():
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+    return Processes(rank, world, place)
+
+
+def autocast(dtype: str, device: torch.device):
+    """The autocast context of --dtype. "auto" is bfloat16 on cuda, and on a CPU whose AMX units multiply it."""
+    if dtype == "auto":
+        amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        dtype = "bfloat16" if device.type == "cuda" or amx else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that the loop can save first. A second one is not held back."""
+
+    def __init__(self):
+        self.seen = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.seen = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, processes: Processes) -> bool:
+        """Whether any rank has seen one: all ranks stop at the same step."""
+        return processes.sum(self.seen)[0] > 0
+
+
+def launch(main, cls, presets: dict) -> None:
+    """Runs main(config) as a script does: a user's mistake is one sentence on one rank, and exit status 2."""
+    try:
+        main(parse_config(cls, presets, sys.argv[1:]))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def open_run(cfg, processes: Processes) -> dict | None:
+    """Prepares cfg.out_dir on rank 0 and returns the checkpoint to continue from, None for a new run.
+
+    Raises UserError where the folder holds a run of another configuration.
+    """
+    folder = Path(cfg.out_dir)
+    if processes.rank == 0 and cfg.overwrite and folder.exists():
+        if any(folder.iterdir()) and not (folder / "config.json").exists():
+            raise UserError(f"{folder} is not a run's folder: it is not overwritten, choose another --out_dir")
+        shutil.rmtree(folder)
+    dist.barrier()
+    file, ours = folder / "config.json", dataclasses.asdict(cfg)
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        free = ("out_dir", "overwrite", "config", "preset", "device", "data_dir")
+        differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
+        if differing:
+            changes = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differing)
+            raise UserError(f"{folder} holds a run with another {changes}: choose another --out_dir, "
+                            "or --overwrite=true to delete that run")  # fmt: skip
+    dist.barrier()
+    if processes.rank == 0 and not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({**ours, "run": describe(processes)}, indent=1).encode())
+    checkpoint = folder / "ckpt.pt"
+    return load_checkpoint(checkpoint, processes.device) if checkpoint.exists() else None
+
+
+def describe(processes: Processes) -> dict:
+    """What a run's config.json says of where it ran."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {"argv": sys.argv, "git_commit": git.stdout.strip(), "torch_version": torch.__version__,
+            "device": str(processes.device), "world_size": processes.world}  # fmt: skip
+
+
+class RunLog:
+    """Appends rows to metrics.jsonl and shows them: a tqdm bar on a terminal, plain lines in a log.
+
+    Only rank 0 writes. A run that continues drops the rows behind its checkpoint: they will come again.
+    """
+
+    def __init__(self, cfg, processes: Processes, total: int, step: int, size: int):
+        self.active, self.total = processes.rank == 0, total
+        if self.active:
+            self.file = open(Path(cfg.out_dir) / "metrics.jsonl", "ab")
+            self.file.truncate(size)
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=None if self.active else True)
+
+    def write(self, row: dict) -> None:
+        if not self.active:
+            return
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+        if row["kind"] == "train":
+            scalars = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+            text = " ".join(f"{k} {v:.4g}" for k, v in scalars.items())
+            self.bar.set_postfix_str(text)
+            if self.bar.disable:
+                print(f"step {row['step']}/{self.total} {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text)
+
+    def size(self) -> int:
+        """Bytes of metrics.jsonl so far: goes into the checkpoint."""
+        return self.file.tell() if self.active else 0
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.active:
+            self.file.close()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside `path`, then renames: a reader, or a crash, sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error.strerror}): make room and start again, "
+                        "what was there is intact") from None  # fmt: skip
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """torch.save, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}): make room and start "
+                        "again, the last checkpoint is intact") from None  # fmt: skip
+
+
+def load_checkpoint(path: Path, device) -> dict:
+    """What save_checkpoint wrote; unpickles tensors and plain types only."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run `torchrun pretrain.py` first, or name another run") from None
+    except Exception:  # zipfile, pickle and torch each have errors of their own for a damaged file
+        raise UserError(f"{path} is not a readable checkpoint: delete it, or name another") from None
+
+
+def model_state(model: GPT, tokenizer: str) -> dict:
+    """What load_model needs."""
+    return {"model": model.state_dict(), "gpt": dataclasses.asdict(model.config), "tokenizer": tokenizer}
+
+
+def load_model(path: str | Path, device) -> tuple[GPT, str]:
+    """The model of a run's folder or of a .pt file, and the name of its tokenizer."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.suffix != ".pt" else path
+    state = load_checkpoint(path, device)
+    try:
+        model = GPT(GPTConfig(**state["gpt"])).to(device)
+        model.load_state_dict(state["model"])
+        return model, state["tokenizer"]
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path} holds a model of another architecture: pretrain it again") from None
+
+
+# ---------------------------------------------------------------- pretraining
+
+
+def schedule(progress: float, warmup: float, floor: float) -> float:
+    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine down to `floor`.
+
+    `progress` in (0, 1] is the share of the run that is done after this update, so the first rate is above 0.
+    """
+    if progress < warmup:
+        return progress / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def load_mixture(cfg: Config, processes: Processes) -> Mixture:
+    """The mixture of cfg, over token files that rank 0 makes where they are missing."""
+    names = list(parse_mix(cfg.mix)[0])
+    if processes.rank == 0:
+        for name in names:
+            prepare(name, cfg.tokenizer, cfg.data_dir)
+    dist.barrier()
+    corpora = {name: read_tokens(prepare(name, cfg.tokenizer, cfg.data_dir)) for name in names}
+    return Mixture(corpora, cfg.mix, cfg.tokens, cfg.context, cfg.batch_size, cfg.seed)
+
+
+def next_token_loss(model, blocks: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of blocks (B, T + 1), in nats; rows of -1 count nothing."""
+    logits = model(blocks[:, :-1].clamp(min=0))  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten(), ignore_index=-1, reduction="sum")
+
+
+def accumulate(model, blocks: torch.Tensor, micro_batch_size: int, tokens: int, context, processes) -> float:
+    """Adds the gradient of this rank's blocks (B, T + 1), over the `tokens` of all ranks; returns its loss.
+
+    DDP averages over ranks where the loss is a sum over them, hence the factor world.
+    """
+    loss, micro = 0.0, blocks.split(micro_batch_size)
+    for i, part in enumerate(micro):
+        # forward and backward both inside: DDP decides in the forward whether to reduce
+        with contextlib.nullcontext() if i == len(micro) - 1 else model.no_sync():
+            with context:
+                part_loss = next_token_loss(model, part) / tokens
+            (part_loss * processes.world).backward()
+        loss += part_loss.detach()
+    return float(loss)
+
+
+@torch.no_grad()
+def held_out_losses(model, mixture: Mixture, micro_batch_size: int, context, processes) -> dict:
+    """Mean held-out loss of each corpus, in nats a token, each rank on its part."""
+    losses = {}
+    for name in mixture.names:
+        blocks = torch.from_numpy(mixture.held_out(name)[processes.rank :: processes.world]).to(processes.device)
+        with context:
+            parts = blocks.split(micro_batch_size)
+            total = sum(float(next_token_loss(model, part)) for part in parts)
+        total, tokens = processes.sum(total, blocks[:, 1:].numel())
+        losses[name] = total / tokens
+    return losses
+
+
+def print_samples(model: GPT, tokenizer: str, log: RunLog, seed: int) -> None:
+    """Prints how often the model writes in each format, and one sample of each."""
+    encoding, count = get_tokenizer(tokenizer), 96
+    questions = load_questions("toy", "test")[:count]
+    prompts = [encoding.encode_ordinary(q.question + "\n\n") for q in questions]
+    room = model.config.context - max(map(len, prompts))
+    if room < 1:
+        return log.say(f"no samples: a context of {model.config.context} tokens has no room for a completion")
+    generator = torch.Generator().manual_seed(seed)
+    tokens, mask, _ = generate(model, prompts, min(room, 256), encoding.eot_token, generator)
+    texts = [encoding.decode(t[m].tolist()).removesuffix("<|endoftext|>") for t, m in zip(tokens, mask)]
+    formats = [split_format(text)[0] for text in texts]
+    for name in FORMATS:
+        share = formats.count(name) / len(formats)
+        log.say(f"\n--- {name}: {share:.0%} of {len(formats)} samples at temperature 1")
+        if name in formats:
+            first = formats.index(name)
+            log.say(f"{questions[first].question}\n\n{texts[first]}")
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
+
+
+def peak_flops(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def main(cfg: Config) -> dict:
+    """Trains until the mixture (or max_steps) is used up; returns the last evaluation row."""
+    require_positive(cfg, "batch_size", "micro_batch_size", "learning_rate", "context", "width", "layers",
+                     "heads", "eval_every", "save_every", "log_every")  # fmt: skip
+    processes = setup_distributed(cfg.device)
+    stop, context = StopSignal(), autocast(cfg.dtype, processes.device)
+    if cfg.batch_size < processes.world:
+        raise UserError(f"--batch_size={cfg.batch_size} leaves some of {processes.world} ranks without data")
+    mixture = load_mixture(cfg, processes)
+    total = min(cfg.max_steps or mixture.steps, mixture.steps)
+    torch.manual_seed(cfg.seed)  # the initialisation is all that draws from it
+    shape = dict(context=cfg.context, width=cfg.width, layers=cfg.layers, heads=cfg.heads, tied=cfg.tied)
+    try:
+        model = GPT(GPTConfig(get_tokenizer(cfg.tokenizer).n_vocab, init_std=cfg.init_std, **shape))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model.to(processes.device)
+    groups, betas = model.param_groups(cfg.weight_decay), (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
+    step, state = 0, open_run(cfg, processes)
+    if state:
+        step = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    if processes.rank == 0:
+        manifest = json.dumps(mixture.manifest(), indent=1).encode()
+        write_atomically(Path(cfg.out_dir) / "mixture.json", manifest)
+    log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
+    parameters = sum(p.numel() for p in model.parameters())
+    log.say(f"{parameters / 1e6:.2f}M parameters, {total} steps of {cfg.batch_size} x {cfg.context} tokens, "
+            f"{processes.world} process(es) on {processes.device}")  # fmt: skip
+    if step == total:
+        log.say(f"{cfg.out_dir} is finished: --overwrite=true starts it afresh")
+        return state["evaluation"]
+    if step:
+        log.say(f"continuing {cfg.out_dir} at step {step}")
+    ddp = DistributedDataParallel(torch.compile(model) if cfg.compile else model)
+    row, evaluation, started, trained = {}, state["evaluation"] if state else {}, time.perf_counter(), 0
+    while step < total:
+        batch = mixture.batch(step)  # the same on every rank; each takes its rows
+        tokens = int((batch[:, 1:] >= 0).sum())
+        mine = torch.from_numpy(batch[processes.rank :: processes.world]).to(processes.device)
+        loss = accumulate(ddp, mine, cfg.micro_batch_size, tokens, context, processes)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        loss, stopping = processes.sum(loss, stop.seen)
+        if not math.isfinite(loss) or not torch.isfinite(grad_norm):
+            raise UserError(f"the loss is {loss} at step {step}: lower --learning_rate; "
+                            "the last checkpoint is kept")  # fmt: skip
+        rate = cfg.learning_rate * schedule((step + 1) / total, min(cfg.warmup_steps / total, 0.5), cfg.min_learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        step, trained = step + 1, trained + tokens
+        log.bar.update()
+        if step % cfg.log_every == 0 or step == total:
+            speed = trained / (time.perf_counter() - started)
+            row = {"step": step, "kind": "train", "loss": loss, "learning_rate": rate,
+                   "grad_norm": float(grad_norm), "tokens": step * cfg.batch_size * cfg.context,
+                   "tokens_per_second": speed}  # fmt: skip
+            if peak := peak_flops(processes.device):
+                row["mfu"] = speed * model.flops_per_token() / peak / processes.world
+            log.write(row)
+            started, trained = time.perf_counter(), 0
+        if step % cfg.eval_every == 0 or step == total:
+            losses = held_out_losses(model, mixture, cfg.micro_batch_size, context, processes)
+            evaluation = {"step": step, "kind": "eval", "loss": losses}
+            log.write(evaluation)
+            log.say(f"step {step} held-out loss: " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+            started, trained = time.perf_counter(), 0
+        if (step % cfg.save_every == 0 or step == total or stopping) and processes.rank == 0:
+            save_checkpoint(Path(cfg.out_dir) / "ckpt.pt", {
+                **model_state(model, cfg.tokenizer), "optimizer": optimizer.state_dict(), "step": step,
+                "config": dataclasses.asdict(cfg), "evaluation": evaluation, "metrics_size": log.size(),
+            })  # fmt: skip
+        if stopping and step < total:
+            log.say(f"stopped at step {step}: the same command continues it")
+            log.close()
+            return evaluation
+    log.close()
+    if processes.rank == 0:
+        print_samples(model, cfg.tokenizer, log, cfg.seed)
+    dist.barrier()
+    return evaluation
+
+
+if __name__ == "__main__":
+    launch(main, Config, PRESETS)
