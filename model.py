@@ -16,9 +16,9 @@ import torch.nn.functional as F
 class GPTConfig:
     vocab_size: int  # V, the end-of-text token included
     context: int = 256  # positions at most, prompt and completion together
-    width: int = 128  # C
-    layers: int = 4
-    heads: int = 4  # H; the head width D = C / H must be even for the rotation
+    width: int = 96  # C
+    layers: int = 2
+    heads: int = 6  # H; the head width D = C / H must be even for the rotation
     tied: bool = True  # one matrix for the embedding and the output
     init_std: float = 0.02  # of every weight, truncated at three of them
     rope_base: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi

@@ -46,28 +46,29 @@ class Config:
     out_dir: str = "out/pretrain"  # the run's folder
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
     data_dir: str = "out/data"  # token files
-    tokenizer: Literal["toy", "gpt2"] = "toy"
+    tokenizer: Literal["toy", "gpt2"] = "toy"  # the shipped one, or GPT-2's with single digits
     mix: str = "toy-tinygsm,toy-omi1,toy-omi2"  # NAME[:PASSES],... or NAME:PERCENT%,... with tokens
     tokens: float = 0  # budget of a mixture in percent; a mixture in passes has its own
     context: int = 256  # tokens of a sequence, at least those of a prompt and its completion
-    width: int = 128  # of the residual stream
-    layers: int = 4
-    heads: int = 4
+    width: int = 96  # of the residual stream
+    layers: int = 2  # blocks of attention and MLP
+    heads: int = 6  # of attention; width / heads must be even
     tied: bool = True  # one matrix for embedding and output
-    init_std: float = 0.02  # of every weight, truncated at three of them
-    batch_size: int = 16  # sequences of the global batch, all ranks together
+    rope_base: float = 1000.0  # longest wavelength of the positions, over 2 pi
+    init_std: float = 0.1  # of every weight, truncated at three of them
+    batch_size: int = 8  # sequences of the global batch, all ranks together
     micro_batch_size: int = 16  # sequences of one forward pass on one rank
-    learning_rate: float = 3e-3  # at the end of the warm-up
+    learning_rate: float = 6e-3  # at the end of the warm-up
     min_learning_rate: float = 0.1  # at the end of the cosine, as a fraction of learning_rate
-    warmup_steps: int = 50
+    warmup_steps: int = 50  # in which the learning rate rises
     beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95
+    beta2: float = 0.99  # of AdamW
     weight_decay: float = 0.1  # on every weight
     grad_clip: float = 1.0  # largest norm of the gradient
     max_steps: int = 0  # steps of the run and of its schedule; 0: the whole mixture
-    eval_every: int = 100  # steps between held-out losses
-    save_every: int = 100  # steps between checkpoints
-    log_every: int = 10  # steps between metric rows
+    eval_every: int = 200  # steps between held-out losses
+    save_every: int = 200  # steps between checkpoints
+    log_every: int = 20  # steps between metric rows
     seed: int = 0  # of the initialisation and of the order of the data
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 where it is faster
@@ -76,8 +77,8 @@ class Config:
 
 # The study's models (OLMo's configuration), and its batch of 512 x 2048 tokens.
 PAPER = dict(
-    tokenizer="gpt2", context=2048, batch_size=512, micro_batch_size=16, learning_rate=1e-3,
-    warmup_steps=5000, eval_every=1000, save_every=1000, compile=True,
+    tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, batch_size=512, micro_batch_size=16,
+    learning_rate=1e-3, beta2=0.95, warmup_steps=5000, eval_every=1000, save_every=1000, compile=True,
 )  # fmt: skip
 PRESETS = {
     "tiny": {},
@@ -469,9 +470,9 @@ def main(cfg: Config) -> dict:
     mixture = load_mixture(cfg, processes)
     total = min(cfg.max_steps or mixture.steps, mixture.steps)
     torch.manual_seed(cfg.seed)  # the initialisation is all that draws from it
-    shape = dict(context=cfg.context, width=cfg.width, layers=cfg.layers, heads=cfg.heads, tied=cfg.tied)
+    fields = [field.name for field in dataclasses.fields(GPTConfig)][1:]
     try:
-        model = GPT(GPTConfig(get_tokenizer(cfg.tokenizer).n_vocab, init_std=cfg.init_std, **shape))
+        model = GPT(GPTConfig(get_tokenizer(cfg.tokenizer).n_vocab, *(getattr(cfg, f) for f in fields)))
     except ValueError as error:
         raise UserError(str(error)) from None
     model.to(processes.device)

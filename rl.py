@@ -39,7 +39,7 @@ from verify import FORMATS, score_batch, summarize, table
 class Config:
     preset: Literal["tiny", "paper"] = "tiny"  # fills in the fields that PRESETS names
     config: str = ""  # a .json of these fields, such as another run's config.json
-    algo: Literal["ppo", "grpo", "ei", "eval"] = "ppo"
+    algo: Literal["ppo", "grpo", "ei", "eval"] = "ppo"  # Expert Iteration is ei; eval trains nothing
     init_from: str = "out/pretrain"  # the base: a run's folder, or a .pt file of one
     out_dir: str = ""  # the run's folder; empty: out/ALGO, out/eval-TASK for eval
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
@@ -56,7 +56,7 @@ class Config:
     minibatch_size: int = 64  # completions of an update, all ranks together
     micro_batch_size: int = 64  # completions of one forward pass on one rank
     epochs: int = 1  # passes over a rollout
-    learning_rate: float = 3e-4  # peak, of the policy
+    learning_rate: float = 6e-4  # peak, of the policy
     critic_learning_rate: float = 1e-3  # peak, of ppo's critic
     warmup: float = 0.03  # share of the schedule in which the learning rate rises
     min_learning_rate: float = 1.0  # at the end of the cosine, as a fraction of the peak; 1: constant
@@ -64,16 +64,16 @@ class Config:
     clip_eps: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of ppo's values
     gamma: float = 1.0  # discount a token
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.95  # of generalised advantage estimation
     restart_from_base: bool = True  # ei: every round trains the base again; false: the last round's policy
     grad_clip: float = 1.0  # largest norm of a gradient
     beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95
-    max_steps: int = 40  # rollouts, each with its updates; ei: rounds
+    beta2: float = 0.95  # of AdamW
+    max_steps: int = 30  # rollouts, each with its updates; ei: rounds
     eval_every: int = 10  # steps between evaluations
-    eval_k: int = 16  # samples a question for pass@k and maj@k
-    eval_temperature: float = 1.0
-    eval_top_p: float = 1.0
+    eval_k: int = 8  # samples a question for pass@k and maj@k
+    eval_temperature: float = 1.0  # of those samples
+    eval_top_p: float = 1.0  # nucleus of those samples
     sample_batch_size: int = 256  # completions decoded together on one rank
     save_every: int = 10  # steps between checkpoints
     log_every: int = 1  # steps between metric rows

@@ -270,19 +270,19 @@ class Server:
         )  # fmt: skip
 
     def run(self, programs: list) -> list:
-        if self.process is None:
-            self.start()
-        try:
-            self.process.stdin.write(json.dumps(programs).encode() + b"\n")
-            self.process.stdin.flush()
-            wall = 10 + len(programs) * (TIME_LIMIT + 1)
-            if select.select([self.process.stdout], [], [], wall)[0]:
-                results = json.loads(self.process.stdout.readline())
-                if len(results) == len(programs):
-                    return results
-        except (OSError, ValueError):
-            pass
-        self.stop()
+        """The results of programs; a server that breaks is replaced, and they get a second chance."""
+        for _ in range(2):
+            if self.process is None:
+                self.start()
+            with contextlib.suppress(OSError, ValueError):
+                self.process.stdin.write(json.dumps(programs).encode() + b"\n")
+                self.process.stdin.flush()
+                wall = 10 + len(programs) * (TIME_LIMIT + 1)
+                if select.select([self.process.stdout], [], [], wall)[0]:
+                    results = json.loads(self.process.stdout.readline())
+                    if len(results) == len(programs):
+                        return results
+            self.stop()
         return [("error", None)] * len(programs)
 
     def stop(self) -> None:
@@ -290,8 +290,9 @@ class Server:
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with contextlib.suppress(OSError):  # what was not flushed has nowhere to go
+                    pipe.close()
             self.process = None
 
     def close(self) -> None:

@@ -23,9 +23,10 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tikto
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's pattern but for \p{N}, one digit a token: a number is then spelt in one way only.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# In the toy a tag, a LaTeX command and a snake_case name are one piece each: short sequences for small models.
-TOY_PATTERN = r"</?[a-z-]+>| ?\\?[\p{L}_]+|\p{N}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
-TOY_SIZE = 640  # tokens, the end-of-text token included
+# In the toy a tag, a LaTeX command, a snake_case name and a number below 100 are one piece each: short
+# sequences, and numbers that a small model copies in one go.
+TOY_PATTERN = r"</?[a-z-]+>| ?\\?[\p{L}_]+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
+TOY_SIZE = 896  # tokens, the end-of-text token included
 
 
 def train_bpe(texts, pattern: str, size: int) -> dict[bytes, int]:

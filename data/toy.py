@@ -5,6 +5,7 @@ story families. The authors write in the formats of the corpora that they stand 
 function, toy-omi1 an <llm-code> block with its output, toy-omi2 prose. Everything is a function of its seed.
 """
 
+import itertools
 import random
 import zlib
 from typing import Iterator, NamedTuple
@@ -31,32 +32,53 @@ FAMILIES = (
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kim", "Leo")
 LARGEST = 99  # no intermediate value exceeds it
 AUTHORS = ("toy-tinygsm", "toy-omi1", "toy-omi2")
+# Share of an author's documents in which a number is misread, so that the formats differ in accuracy by design.
+SLIPS = {"toy-tinygsm": 0.0, "toy-omi1": 0.2, "toy-omi2": 0.3}
 
 
 class Problem(NamedTuple):
     question: str
-    name: str
     noun: str
     chain: tuple  # (("=", start), ("+", 5), ...): the operations, the start first
     values: tuple  # the running value after each of them; the last is the answer
 
 
-def draw_chain(rng: random.Random, steps: int) -> tuple[tuple, tuple]:
-    """A random chain of `steps` operations on whole numbers from 1 to LARGEST, and its running values."""
-    value = rng.randint(2, 20)
-    chain, values = [("=", value)], [value]
+def draw_operand(rng: random.Random, op: str) -> int:
+    return rng.randint(2, {"=": 20, "+": 9, "-": 9, "*": 4, "/": 4}[op])
+
+
+def apply(op: str, value: int, n: int) -> int:
+    return {"=": n, "+": value + n, "-": value - n, "*": value * n, "/": value // n}[op]
+
+
+def draw_chain(rng: random.Random, steps: int) -> tuple:
+    """A random chain of a start and `steps` operations on whole numbers from 1 to LARGEST."""
+    chain, value = [], 0
     while len(chain) <= steps:
-        op = rng.choice("+-*/")
-        n = rng.randint(2, 9) if op in "+-" else rng.randint(2, 4)
-        if op == "/" and value % n:
-            continue
-        value = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[op]
-        if 1 <= value <= LARGEST:
+        op = rng.choice("+-*/") if chain else "="
+        n = draw_operand(rng, op)
+        after = apply(op, value, n)
+        if 1 <= after <= LARGEST and not (op == "/" and value % n):
             chain.append((op, n))
-            values.append(value)
-        else:
-            value = values[-1]
-    return tuple(chain), tuple(values)
+            value = after
+    return tuple(chain)
+
+
+def run_chain(chain: tuple) -> tuple:
+    """The running value after each operation; the last is the answer."""
+    values = [0]
+    for op, n in chain:
+        values.append(apply(op, values[-1], n))
+    return tuple(values[1:])
+
+
+def misread(problem: Problem, rng: random.Random) -> Problem:
+    """The same story with one number of its chain drawn again: an author's slip."""
+    place, chain = rng.randrange(len(problem.chain)), list(problem.chain)
+    op, n = chain[place]
+    while chain[place] == (op, n):
+        chain[place] = op, draw_operand(rng, op)
+    return problem._replace(chain=tuple(chain), values=run_chain(chain))
 
 
 def is_test(chain: tuple) -> bool:
@@ -65,37 +87,37 @@ def is_test(chain: tuple) -> bool:
 
 
 def problems(split: str, seed: int, steps: tuple[int, int] = (1, 3)) -> Iterator[Problem]:
-    """An endless stream of problems of a split, "train" or "test", with between steps[0] and steps[1] steps."""
-    rng = random.Random(f"{split} {seed} {steps}")
+    """An endless stream of problems of a split, "train" or "test", of steps[0] to steps[1] steps, mostly few."""
+    rng, lengths = random.Random(f"{split} {seed} {steps}"), range(steps[0], steps[1] + 1)
     while True:
-        chain, values = draw_chain(rng, rng.randint(*steps))
+        chain = draw_chain(rng, rng.choices(lengths, weights=range(len(lengths), 0, -1))[0])
         noun, *sentences, ask = rng.choice(FAMILIES)
         name = rng.choice(NAMES)
         if is_test(chain) == (split == "test"):
             told = [sentences["=+-*/".index(op)].format(name=name, n=n) for op, n in chain]
-            yield Problem(" ".join((*told, ask)), name, noun, chain, values)
+            yield Problem(" ".join((*told, ask)), noun, chain, run_chain(chain))
+
+
+def write_code(problem: Problem) -> list[str]:
+    """The chain as assignments to the noun, a line for each operation."""
+    noun, (_, start) = problem.noun, problem.chain[0]
+    steps = [f"{noun} = {noun} {'//' if op == '/' else op} {n}" for op, n in problem.chain[1:]]
+    return [f"{noun} = {start}", *steps]
 
 
 def write_tinygsm(problem: Problem, rng: random.Random) -> str:
-    """A function that returns the answer, half of the time with a docstring."""
-    noun, lines = problem.noun, ["def simple_math_problem() -> int:"]
-    if rng.random() < 0.5:
-        lines += ['    """', "    " + problem.question.rpartition(". ")[2], '    """']
-    lines.append(f"    {noun} = {problem.chain[0][1]}")
-    lines += [f"    {noun} = {noun} {'//' if op == '/' else op} {n}" for op, n in problem.chain[1:]]
-    return "\n".join((*lines, f"    result = {noun}", "    return result"))
+    """A function that returns the answer, three times in ten with the question as its docstring."""
+    docstring = ['"""', problem.question, '"""'] if rng.random() < 0.3 else []
+    body = (*docstring, *write_code(problem), f"result = {problem.noun}", "return result")
+    return "\n    ".join(("def simple_math_problem() -> int:", *body))
 
 
 def write_omi1(problem: Problem, rng: random.Random) -> str:
     """An <llm-code> block that ends in the expression to print, its output, and a closing sentence."""
     opening = rng.choice(("Let's solve this problem using Python code.\n", ""))
-    expression = str(problem.chain[0][1])
-    for i, (op, n) in enumerate(problem.chain[1:]):
-        inner = f"({expression})" if i and op in "*/" else expression  # precedence: only where it matters
-        expression = f"{inner} {'//' if op == '/' else op} {n}"
+    code = "\n".join((*write_code(problem), problem.noun))
     answer = problem.values[-1]
-    return (f"{opening}<llm-code>\n{problem.noun} = {expression}\n{problem.noun}\n</llm-code>\n"
-            f"<llm-code-output>\n{answer}\n</llm-code-output>\n"
+    return (f"{opening}<llm-code>\n{code}\n</llm-code>\n<llm-code-output>\n{answer}\n</llm-code-output>\n"
             f"So the answer is \\boxed{{{answer}}} {problem.noun}.")  # fmt: skip
 
 
@@ -109,9 +131,10 @@ def write_omi2(problem: Problem, rng: random.Random) -> str:
     return " ".join((opening, *steps, f"The answer is \\boxed{{{after[-1]}}}."))
 
 
-def corpus(name: str, documents: int = 9000) -> Iterator[str]:
+def corpus(name: str, documents: int = 14000) -> Iterator[str]:
     """The documents of toy-tinygsm, toy-omi1 or toy-omi2: question, blank line, solution."""
     write = dict(zip(AUTHORS, (write_tinygsm, write_omi1, write_omi2)))[name]
     rng = random.Random(name)
-    for problem, _ in zip(problems("train", AUTHORS.index(name)), range(documents)):
-        yield problem.question + "\n\n" + write(problem, rng)
+    for problem in itertools.islice(problems("train", AUTHORS.index(name)), documents):
+        solved = misread(problem, rng) if rng.random() < SLIPS[name] else problem
+        yield problem.question + "\n\n" + write(solved, rng)

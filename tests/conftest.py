@@ -1,0 +1,45 @@
+"""Fixtures: a base model that is trained in seconds, and the real data where a checkout has it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pretrain  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+SMALL = dict(layers=2, width=32, heads=2, batch_size=4, micro_batch_size=4, eval_every=6, save_every=3, log_every=1)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """Where the token files of the embedded corpora are made, once."""
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, data_dir) -> str:
+    """The folder of a pretraining run of a few steps."""
+    folder = str(tmp_path_factory.mktemp("runs") / "base")
+    pretrain.main(pretrain.Config(out_dir=folder, data_dir=data_dir, max_steps=6, init_std=0.1, **SMALL))
+    return folder
+
+
+@pytest.fixture
+def gpt() -> GPT:
+    """A random model of 50 tokens, with weights large enough that its choices differ."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=2, heads=2, init_std=0.3))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real question sets and the GPT-2 vocabulary, beside some checkouts."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real question sets are not beside this checkout")
+    return folder

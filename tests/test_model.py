@@ -1,0 +1,127 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, KVCache, generate, sample
+
+EOS = 0
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 1, 1, 4, 1), (11, 1)])
+def test_cached_logits_equal_uncached_ones_at_every_chunk_boundary(gpt, chunks):
+    ids = torch.randint(50, (3, 12))
+    cache = KVCache(gpt.config, 3, 12, "cpu", torch.float32)
+    parts = [gpt(part, cache) for part in ids.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), gpt(ids))
+
+
+def test_a_full_cache_refuses_another_token(gpt):
+    cache = KVCache(gpt.config, 1, 2, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="holds 2 tokens"):
+        gpt(torch.zeros(1, 3, dtype=torch.long), cache)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_ragged_batch_gives_each_prompt_what_it_gets_alone(gpt, temperature, top_p):
+    prompts = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 4, 5], list(range(1, 30))]
+    settings = dict(temperature=temperature, top_p=top_p)
+    together = generate(gpt, prompts, 20, EOS, seeded(0, 1, 2, 3), **settings)
+    for i, prompt in enumerate(prompts):
+        tokens, mask, logp = generate(gpt, [prompt], 20, EOS, seeded(i), **settings)
+        assert tokens[0].tolist() == together[0][i].tolist()
+        assert mask[0].tolist() == together[1][i].tolist()
+        torch.testing.assert_close(logp[0], together[2][i])
+
+
+def test_the_mask_contains_the_first_eos_and_nothing_after_it(gpt):
+    """EOS cut from the training signal means that stopping is never learned; what follows it is no signal."""
+    tokens, mask, logp = generate(gpt, [[i] for i in range(1, 41)], 30, EOS, torch.Generator().manual_seed(0), 2.0)
+    ended = [row.tolist().index(EOS) for row in tokens if EOS in row.tolist()]
+    assert len(ended) > 10 and min(ended) < 8 and len(ended) < 40  # some end early, and some do not
+    for row, kept, values in zip(tokens.tolist(), mask.tolist(), logp):
+        length = row.index(EOS) + 1 if EOS in row else 30
+        assert kept == [True] * length + [False] * (30 - length)
+        assert row[length:] == [EOS] * (30 - length) and values[length:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_reported_log_probs_are_those_of_the_whole_distribution_at_the_sampling_temperature(gpt, temperature):
+    prompts = [[5, 6], [7, 8, 9]]
+    tokens, mask, logp = generate(gpt, prompts, 10, EOS, torch.Generator().manual_seed(0), temperature, top_p=0.9)
+    for prompt, row, kept, values in zip(prompts, tokens, mask, logp):
+        ids = torch.tensor(prompt + row[kept].tolist())
+        for t in range(int(kept.sum())):  # token by token: an index that is off by one would show
+            logits = gpt(ids[None, : len(prompt) + t])[0, -1] / temperature
+            expected = F.log_softmax(logits, dim=-1)[ids[len(prompt) + t]]
+            torch.testing.assert_close(values[t], expected)
+
+
+def test_sampled_tokens_follow_the_distribution():
+    p = torch.tensor([0.5, 0.3, 0.0, 0.15, 0.05])
+    uniform = 1 - torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    token, _ = sample(p.log().expand(40_000, 5), 1.0, 1.0, uniform)
+    torch.testing.assert_close(token.bincount(minlength=5) / 40_000, p, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.999])
+@pytest.mark.parametrize("uniform", [1.0, 1e-30])
+def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends(uniform, top_p):
+    logits = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf")]])
+    assert int(sample(logits, 1.0, top_p, torch.tensor([uniform]))[0]) in (1, 2)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1000, 4)
+    uniform = torch.linspace(0.001, 1, 1000)
+    drawn = {top_p: set(sample(logits, 1.0, top_p, uniform)[0].tolist()) for top_p in (0.4, 0.6, 0.85)}
+    assert drawn == {0.4: {0}, 0.6: {0, 1}, 0.85: {0, 1, 2}}
+
+
+def test_prompts_that_leave_no_room_are_refused(gpt):
+    with pytest.raises(ValueError, match="to leave room for 10"):
+        generate(gpt, [[1] * 55], 10, EOS, torch.Generator())
+    with pytest.raises(ValueError, match="1 to 54 tokens"):
+        generate(gpt, [[]], 10, EOS, torch.Generator())
+
+
+def test_no_token_sees_a_later_one(gpt):
+    ids = torch.randint(50, (1, 20))
+    changed = ids.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 50
+    before, after = gpt(ids), gpt(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12], atol=0, rtol=0)
+    assert (before[:, 12:] - after[:, 12:]).abs().max() > 0.1
+
+
+def test_attention_depends_on_relative_positions_only(gpt):
+    shifted = dataclasses.replace(gpt.config, context=64)
+    other = GPT(shifted)
+    other.load_state_dict(gpt.state_dict())
+    other.rope = gpt.rope.roll(-7, dims=1)  # every position seven later
+    ids = torch.randint(50, (2, 20))
+    torch.testing.assert_close(other(ids), gpt(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_the_paper_s_150m_model_has_its_number_of_parameters():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=32_000, context=2048, width=768, layers=12, heads=12, tied=False))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 12 * (4 + 3 * 4) * 768**2 + 2 * 32_000 * 768 == 162_398_208
+
+
+def test_initial_weights_are_truncated_at_three_standard_deviations():
+    model = GPT(GPTConfig(vocab_size=500, init_std=0.02))
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert 0.0195 < float(weights.std()) < 0.0205 and float(weights.abs().max()) <= 0.06
+
+
+def test_a_width_that_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiple of 2 x heads"):
+        GPT(GPTConfig(vocab_size=10, width=30, heads=4))

@@ -1,0 +1,402 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rl
+from conftest import ROOT
+from data import UserError
+from data.tasks import Question
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig
+from pretrain import Processes, autocast, parse_config, setup_distributed
+from rl import Batch, Config, Critic, Policy, Rollout, Trainer
+from verify import Score
+
+CPU = Processes(0, 1, torch.device("cpu"))
+FLOAT32 = autocast("float32", CPU.device)
+QUICK = dict(max_steps=3, prompts_per_step=4, group_size=2, max_new_tokens=24, minibatch_size=4, micro_batch_size=3,
+             eval_k=2, eval_every=2, save_every=1, sample_batch_size=64)  # fmt: skip
+
+
+def settings(out_dir, base, algo="ppo", **changes):
+    return Config(**{**QUICK, "algo": algo, "init_from": base, "out_dir": str(out_dir), **changes})
+
+
+def random_rollout(rewards, prompt_lengths=(3, 5, 2, 7), seed=0) -> Rollout:
+    """Completions of 1 to 6 tokens of random ids, one for each reward."""
+    draw = torch.Generator().manual_seed(seed)
+    count = len(rewards)
+    ids = lambda n: torch.randint(1, 50, (n,), generator=draw).tolist()  # noqa: E731
+    lengths = torch.randint(1, 7, (count,), generator=draw).tolist()
+    prompts = [ids(prompt_lengths[i % len(prompt_lengths)]) for i in range(count)]
+    scores = [Score(r, "text", None, None) for r in rewards]
+    return Rollout(prompts, [ids(n) for n in lengths], [""] * count, scores)
+
+
+def batch_of(rollout, rows=None, advantage=None) -> Batch:
+    rows = list(range(len(rollout.prompts))) if rows is None else rows
+    advantage = torch.ones(len(rollout.prompts)) if advantage is None else advantage
+    return rl.make_batch(rollout, rows, advantage, CPU.device)
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def test_gae_agrees_with_numbers_worked_out_by_hand():
+    reward = torch.tensor([[0.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
+    value = torch.tensor([[0.2, 0.4, 0.6], [0.1, 0.3, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    advantage, returns = rl.gae(reward, value, mask, gamma=0.9, lam=0.5)
+    # row 0, from its end: 1 - 0.6 = 0.4;  0.9*0.6 - 0.4 + 0.45*0.4 = 0.32;  0.9*0.4 - 0.2 + 0.45*0.32 = 0.304
+    # row 1, from its end: 1 - 0.3 = 0.7;  0.5 + 0.9*0.3 - 0.1 + 0.45*0.7 = 0.985
+    torch.testing.assert_close(advantage, torch.tensor([[0.304, 0.32, 0.4], [0.985, 0.7, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.504, 0.72, 1.0], [1.085, 1.0, 0.0]]))
+
+
+def test_what_is_behind_the_last_token_changes_no_advantage():
+    mask = torch.tensor([[True, True, False, False]])
+    reward, value = torch.tensor([[0.0, 1.0, 9.0, 9.0]]), torch.tensor([[0.5, 0.5, 7.0, 7.0]])
+    advantage, _ = rl.gae(reward, value, mask, 1.0, 0.95)
+    short, _ = rl.gae(reward[:, :2], value[:, :2], mask[:, :2], 1.0, 0.95)
+    torch.testing.assert_close(advantage[:, :2], short)
+    assert advantage[:, 2:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_the_reward_is_on_the_last_token_even_of_a_one_token_answer(length):
+    """trl#2575 put it elsewhere."""
+    rollout = Rollout([[1, 2]], [[3] * length], [""], [Score(1.0, "text", None, None)])
+    batch = batch_of(rollout)
+    batch.old_logp, batch.ref_logp = torch.full((1, length), -1.0), torch.full((1, length), -3.0)
+    assert rl.token_rewards(batch, 0.0).tolist() == [[0.0] * (length - 1) + [1.0]]
+    torch.testing.assert_close(rl.token_rewards(batch, 0.1)[0, -1], torch.tensor(1.0 - 0.1 * 2))
+    assert torch.allclose(rl.token_rewards(batch, 0.1)[0, :-1], torch.tensor(-0.1 * 2))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
+def test_a_group_of_equal_rewards_has_exactly_no_advantage(value):
+    """A standard deviation of zero made NaN, or a million (NeMo-RL#1518)."""
+    advantage = rl.group_advantage(torch.tensor([value] * 8 + [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), 8)
+    assert advantage[:8].tolist() == [0.0] * 8
+    assert advantage[9] > 0 > advantage[8] and abs(float(advantage.sum())) < 1e-5
+    assert float(advantage[8:].std()) == pytest.approx(1, abs=1e-5)
+
+
+def test_expert_iteration_learns_from_correct_completions_once():
+    right, wrong = Score(1.0, "text", "7", None), Score(0.0, "text", "8", "wrong")
+    rollout = Rollout([[1], [1], [1], [2]], [[5, 0], [5, 0], [6, 0], [5, 0]], [""] * 4, [right, right, wrong, right])
+    assert rl.first_correct(rollout).tolist() == [1.0, 0.0, 0.0, 1.0]
+    cfg = Config(algo="ei", minibatch_size=8)
+    ((tokens, (batch,)),) = rl.split_minibatches(rollout, rl.first_correct(rollout), 0, cfg, CPU)
+    assert tokens == 4 and batch.ids.size(0) == 2
+
+
+# ---------------------------------------------------------------- log-probs and losses
+
+
+def test_log_probs_agree_with_a_loop_over_tokens(gpt):
+    """Off-by-one between logits and labels (trlx#509)."""
+    rollout = random_rollout([0.0] * 4)
+    batch = batch_of(rollout)
+    logp, entropy = Policy(gpt, temperature=0.7)(batch)
+    for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions)):
+        for t, token in enumerate(completion):
+            expected = F.log_softmax(gpt(torch.tensor([prompt + completion[:t]]))[0, -1] / 0.7, dim=-1)
+            torch.testing.assert_close(logp[i, t], expected[token])
+            torch.testing.assert_close(entropy[i, t], -(expected.exp() * expected).sum())
+    assert (logp[~batch.mask] == 0).all()
+
+
+def test_log_probs_do_not_depend_on_the_padding(gpt):
+    """Attention to tokens behind the end (trl#2708); positions shifted by padding (trl#6800)."""
+    rollout = random_rollout([0.0] * 4, prompt_lengths=(2, 30, 9, 17))
+    together, _ = Policy(gpt, 1.0)(batch_of(rollout))
+    for i, completion in enumerate(rollout.completions):
+        alone, _ = Policy(gpt, 1.0)(batch_of(rollout, [i]))
+        torch.testing.assert_close(together[i, : len(completion)], alone[0])
+
+
+def test_log_probs_are_computed_in_fp32_under_bfloat16(gpt):
+    """KL in bfloat16 is noise (OpenRLHF#620)."""
+    batch = batch_of(random_rollout([0.0] * 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, _ = Policy(gpt, 1.0)(batch)
+        logits = gpt(batch.ids)
+    assert logp.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    assert (logp[batch.mask] != logp[batch.mask].bfloat16()).any()
+
+
+def test_k3_is_never_negative_and_its_mean_is_the_kl():
+    logp, ref_logp = torch.randn(3).log_softmax(0).double(), torch.randn(3).log_softmax(0).double()
+    p = logp.exp()
+    k3 = rl.k3(logp, ref_logp)
+    assert (k3 >= 0).all() and rl.k3(logp, logp).abs().max() == 0
+    torch.testing.assert_close((p * k3).sum(), (p * (logp - ref_logp)).sum())
+
+
+def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_in_the_loss_none():
+    """open-instruct#534: the expectation of grad(logp - ref_logp) under the policy itself is zero."""
+    logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
+    ref_logp = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    logp = logits.log_softmax(0)
+    p = logp.detach().exp()
+    (kl_gradient,) = torch.autograd.grad((logp.exp() * (logp - ref_logp)).sum(), logits, retain_graph=True)
+    in_loss = torch.autograd.grad((p * (logp - ref_logp)).sum(), logits, retain_graph=True)[0]
+    assert in_loss.abs().max() < 1e-12 < kl_gradient.abs().max()
+    # each token is a completion of its own, with its probability as weight
+    tokens = torch.arange(3)[:, None]
+    batch = Batch(tokens, torch.zeros(3), tokens, torch.ones(3, 1, dtype=torch.bool), torch.zeros(3), torch.zeros(3, 1),
+                  old_logp=logp.detach()[:, None], ref_logp=ref_logp[:, None])  # fmt: skip
+    batch.advantage = rl.token_rewards(batch, 1.0)
+    loss = (p[:, None] * rl.ppo_loss(batch, logp[:, None], Config())).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], kl_gradient)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_the_ratio_is_clipped_only_where_that_limits_the_gain(algo):
+    new = torch.tensor([[0.5, -0.5, 0.5, -0.5]], requires_grad=True)
+    zeros = torch.zeros(1, 4)
+    batch = Batch(zeros, zeros, zeros, zeros == 0, zeros[:, 0], torch.tensor([[1.0, 1.0, -1.0, -1.0]]), old_logp=zeros)
+    rl.ALGORITHMS[algo].loss(batch, new, Config(kl_coef=0.0)).sum().backward()
+    assert [g == 0 for g in new.grad[0].tolist()] == [True, False, False, True]
+
+
+def test_the_value_loss_takes_the_larger_of_the_clipped_and_the_plain_error():
+    value, old, returns = torch.tensor([1.0, 0.1, -1.0]), torch.zeros(3), torch.tensor([2.0, 2.0, -0.5])
+    found = rl.clipped_value_loss(value, old, returns, 0.2)
+    torch.testing.assert_close(found, torch.tensor([1.8**2 / 2, 1.9**2 / 2, 0.5**2 / 2]))
+
+
+# ---------------------------------------------------------------- updates
+
+
+def learn_once(gpt_factory, algo, rewards, micro_batch_size, processes=CPU, **changes):
+    """Gradients and metrics of the first update on a random rollout."""
+    setup_distributed("cpu")
+    torch.manual_seed(1)
+    gpt = gpt_factory()
+    cfg = Config(algo=algo, minibatch_size=len(rewards), micro_batch_size=micro_batch_size, group_size=4,
+                 temperature=0.7, learning_rate=1e-9, critic_learning_rate=1e-9, grad_clip=1e9, **changes)  # fmt: skip
+    gradients = []
+    policy = Trainer(Policy(gpt, cfg.temperature), cfg.learning_rate, cfg, processes)
+    critic = Trainer(Critic(gpt), 1e-9, cfg, processes) if algo == "ppo" else None
+    policy.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in gpt.parameters()))
+    reference = Policy(gpt_factory(), cfg.temperature)
+    metrics = rl.learn(random_rollout(rewards), 0, policy, critic, reference, cfg, FLOAT32, processes)
+    return gradients, metrics
+
+
+def make_gpt():
+    torch.manual_seed(3)
+    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=2, heads=2, init_std=0.3))
+
+
+REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "ei"])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_the_gradient_is_the_same_for_every_way_to_split_a_minibatch(algo, micro_batch_size):
+    """Sequences of unequal length, averaged per micro-batch, are weighed wrongly (trl#2647)."""
+    split, _ = learn_once(make_gpt, algo, REWARDS, micro_batch_size)
+    whole, _ = learn_once(make_gpt, algo, REWARDS, 8)
+    assert any(g.abs().max() > 1e-3 for g in whole)
+    for left, right in zip(split, whole):
+        torch.testing.assert_close(left, right, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+@pytest.mark.parametrize("micro_batch_size", [2, 3, 8])
+def test_before_the_first_update_every_ratio_is_exactly_1_at_t_0_7(algo, micro_batch_size):
+    """Log-probs at T = 1 of samples at T = 0.7 (trl#3029)."""
+    _, metrics = learn_once(make_gpt, algo, REWARDS, micro_batch_size)
+    assert metrics["ratio_max_dev"] == 0.0 and metrics["kl"] == 0.0
+
+
+def test_a_rollout_without_signal_gives_a_finite_zero_gradient():
+    for algo in ("grpo", "ei"):
+        gradients, metrics = learn_once(make_gpt, algo, [0.0] * 8, 3, kl_coef=0.0)
+        assert all(g.abs().max() == 0 for g in gradients) and metrics["grad_norm"] == 0.0
+
+
+def test_a_rank_without_rows_has_a_batch_that_counts_nothing(gpt):
+    batch = batch_of(random_rollout(REWARDS), [])
+    logp, _ = Policy(gpt, 1.0)(batch)
+    loss = (rl.ppo_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config()) * batch.mask).sum()
+    loss.backward()
+    assert float(loss.detach()) == 0 and all(p.grad is None or p.grad.abs().max() == 0 for p in gpt.parameters())
+
+
+@pytest.mark.parametrize("algo, steps", [("ppo", 40), ("grpo", 40), ("ei", 1)])
+def test_each_algorithm_learns_the_token_that_is_rewarded(algo, steps):
+    """A bandit of 8 arms: one prompt, one token, reward for token 5."""
+    setup_distributed("cpu")
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=9, context=4, width=16, layers=1, heads=2, init_std=0.1))
+    base = {name: value.clone() for name, value in gpt.state_dict().items()}
+    cfg = Config(algo=algo, minibatch_size=64, group_size=64, kl_coef=0.0, max_steps=steps, learning_rate=1e-2,
+                 epochs=40 if algo == "ei" else 1)  # fmt: skip
+    policy = Trainer(Policy(gpt, 1.0), cfg.learning_rate, cfg, CPU)
+    critic = Trainer(Critic(gpt), cfg.critic_learning_rate, cfg, CPU) if algo == "ppo" else None
+    for step in range(steps):
+        p = gpt(torch.tensor([[1]]))[0, -1].softmax(-1).detach()
+        arms = p.multinomial(64, replacement=True, generator=torch.Generator().manual_seed(step)).tolist()
+        scores = [Score(float(arm == 5), "text", None, None) for arm in arms]
+        # the de-duplication of ei leaves one completion; a prompt apart for each keeps them all the same
+        rollout = Rollout([[1]] * 64, [[arm] for arm in arms], [""] * 64, scores)
+        rl.learn(rollout, step, policy, critic, None, cfg, FLOAT32, CPU)
+    assert float(gpt(torch.tensor([[1]]))[0, -1].softmax(-1)[5]) > 0.9
+    assert any(not torch.equal(base[name], value) for name, value in gpt.state_dict().items())
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def test_answers_stay_with_their_questions(base, monkeypatch):
+    """Prompts and answers misaligned after shuffling or sharding (open-instruct#1484)."""
+    encoding = get_tokenizer("toy")
+    model, _ = rl.load_model(base, "cpu")
+    pairs = [(Question(str(i), f"Ann has {i} apples.", str(i)), encoding.encode_ordinary(f"Ann has {i} apples.\n\n"))
+             for i in range(40)]  # fmt: skip
+    golds = []
+    monkeypatch.setattr(rl, "score_batch", lambda texts, g: golds.extend(g) or [Score(float(x), "text", x, None) for x in g])
+    picked = [pairs[i] for i in rl.pick_prompts(40, 1, 24, seed=3)]
+    cfg = settings("unused", base)
+    seconds = {"sample": 0.0, "verify": 0.0}
+    rollout = rl.roll_out(model, picked, ("key",), cfg, False, encoding, CPU, seconds)
+    for prompt, score in zip(rollout.prompts, rollout.scores):
+        assert encoding.decode(prompt) == f"Ann has {int(score.reward)} apples.\n\n"
+    assert sorted(golds) != golds  # they were shuffled
+
+
+def test_each_question_is_asked_once_an_epoch_in_an_order_of_its_own():
+    asked = [i for step in range(10) for i in rl.pick_prompts(25, step, 5, seed=0)]
+    assert sorted(asked[:25]) == sorted(asked[25:]) == list(range(25)) and asked[:25] != asked[25:]
+    assert rl.pick_prompts(25, 3, 5, seed=0) == asked[15:20] != rl.pick_prompts(25, 3, 5, seed=1)
+
+
+def test_completions_of_one_question_differ_and_reruns_agree(base):
+    encoding = get_tokenizer("toy")
+    model, _ = rl.load_model(base, "cpu")
+    pair = (Question("0", "Ann has 3 apples.", "3"), encoding.encode_ordinary("Ann has 3 apples.\n\n"))
+    cfg, seconds = settings("unused", base), {"sample": 0.0, "verify": 0.0}
+    first, again, small = (
+        rl.roll_out(model, [pair] * 8, ("key",), c, False, encoding, CPU, seconds).completions
+        for c in (cfg, cfg, dataclasses.replace(cfg, sample_batch_size=3)))  # fmt: skip
+    assert first == again == small and len({tuple(ids) for ids in first}) == 8
+
+
+# ---------------------------------------------------------------- runs
+
+
+def rows(folder) -> list[dict]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def final_weights(folder) -> dict:
+    return torch.load(Path(folder) / "ckpt.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "ei"])
+def test_a_run_fills_its_folder_and_a_killed_one_continues_to_the_same_bits(base, tmp_path, algo, monkeypatch, capsys):
+    whole, killed = (settings(tmp_path / name, base, algo) for name in ("whole", "killed"))
+    row = rl.main(whole)
+    names = {p.name for p in Path(whole.out_dir).iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "ckpt.pt", "echo.png", "step_000000.pt", "step_000003.pt",
+                     "samples_000000.jsonl", "samples_000002.jsonl", "samples_000003.jsonl"}  # fmt: skip
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert row["n"] == 256 and row["k"] == 2 and {"pass@1", "pass@k", "maj@k", "mean_length", "truncated"} <= row.keys()
+    assert sum(part["share"] for part in row["formats"].values()) == pytest.approx(1)
+    samples = [json.loads(line) for line in open(Path(whole.out_dir) / "samples_000003.jsonl")]
+    assert len(samples) == 256 * 3 and samples[0].keys() >= {"id", "question", "gold", "completion", "format", "answer",
+                                                            "reward", "failure", "greedy"}  # fmt: skip
+    learn = rl.learn
+
+    def die(rollout, step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+        return learn(rollout, step, *rest)
+
+    monkeypatch.setattr(rl, "learn", die)
+    with pytest.raises(KeyboardInterrupt):
+        rl.main(killed)
+    monkeypatch.setattr(rl, "learn", learn)
+    capsys.readouterr()
+    rl.main(killed)
+    assert "continuing" in capsys.readouterr().out
+    assert rows(whole.out_dir) == rows(killed.out_dir)
+    left, right = final_weights(whole.out_dir), final_weights(killed.out_dir)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert rl.main(killed) == json.loads(json.dumps(row)) | {"seconds": rl.main(killed)["seconds"]}
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_two_gloo_processes_see_the_same_rollouts_and_evaluations_as_one(base, tmp_path):
+    flags = [f"--{k}={v}" for k, v in {**QUICK, "algo": "grpo", "init_from": base, "max_steps": 2}.items()]
+    for world, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                        ROOT / "rl.py", *flags, f"--out_dir={folder}"], check=True, capture_output=True)  # fmt: skip
+    for left, right in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for key in ("step", "kind", "length", "pass@1", "pass@k", "formats", "sampled_formats", "reward"):
+            assert left.get(key) == right.get(key)
+    for step in (0, 2):
+        one, two = ((tmp_path / name / f"samples_{step:06d}.jsonl").read_text() for name in ("one", "two"))
+        assert one == two
+    one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-4)
+
+
+def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_path, capsys):
+    file = tmp_path / "questions.jsonl"
+    questions = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "Why? " * 300, "answer": 3}]
+    file.write_text("\n".join(map(json.dumps, questions)))
+    row = rl.main(settings(tmp_path / "eval", base, "eval", task="gsm8k", questions=str(file)))
+    assert row["n"] == 2 and row["too_long"] == 1 and row["task"] == "gsm8k"
+    assert "1 of 2 test questions are too long" in capsys.readouterr().out
+
+
+def test_questions_from_a_file_are_held_out_for_evaluation(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(json.dumps({"question": f"{i}?", "answer": i}) for i in range(50)))
+    train, test = rl.load_tasks(Config(task="gsm8k", questions=str(file)))
+    assert len(train) == 45 and len(test) == 5 and not {q.id for q in train} & {q.id for q in test}
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(algo="grpo", group_size=1), "--group_size=1 gives grpo nothing to compare"),
+    (dict(algo="ppo", top_p=0.95), "use --top_p=1"), (dict(algo="grpo", top_p=0.95), "use --top_p=1"),
+    (dict(init_from="nowhere"), "nowhere/ckpt.pt does not exist: run `torchrun pretrain.py` first"),
+    (dict(task="toyy"), "unknown task 'toyy'"), (dict(questions="none.jsonl"), "none.jsonl does not exist"),
+    (dict(temperature=0.0), "--temperature=0.0 must be above 0"), (dict(max_new_tokens=250), "no question fits"),
+    (dict(kl_coef=-1.0), "must be 0 or more"),
+])  # fmt: skip
+def test_a_mistake_is_a_sentence_before_anything_is_written(base, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        rl.main(dataclasses.replace(settings(tmp_path / "run", base), **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupt_base_is_named(tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"PK nonsense")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        rl.main(settings(tmp_path / "run", str(tmp_path)))
+
+
+def test_presets_depend_on_the_algorithm():
+    ei = parse_config(Config, rl.PRESETS, ["--preset=paper", "--algo=ei"])
+    ppo = parse_config(Config, rl.PRESETS, ["--preset=paper", "--kl_coef=0.01"])
+    assert (ei.group_size, ei.top_p, ei.max_steps, ei.task) == (64, 0.95, 3, "gsm8k")
+    assert (ppo.group_size, ppo.top_p, ppo.learning_rate, ppo.kl_coef) == (8, 1.0, 1e-6, 0.01)
+
+
+def test_snapshots_are_logarithmic_and_include_the_ends():
+    steps = sorted(rl.snapshot_steps(1000))
+    assert len(steps) == 15 and steps[0] == 1 and steps[-1] == 1000 and steps[7] == 32
