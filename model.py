@@ -1,7 +1,7 @@
 """The GPT that every script here trains, its key-value cache, and the sampler.
 
-The architecture is OLMo's (arXiv 2402.00838), the one of the study: rotary positions, LayerNorm without
-parameters, SwiGLU, no biases. The model knows ids only; text is the business of data/.
+The architecture is OLMo's (arXiv 2402.00838), the one of the study: rotary positions, LayerNorm
+without parameters, SwiGLU, no biases. The model knows ids only; text is the business of data/.
 Imported by pretrain.py and rl.py: nothing is launched, read or written here.
 """
 
@@ -27,8 +27,9 @@ class GPTConfig:
 class KVCache:
     """Keys and values of every layer, preallocated; `length[b]` slots of row b hold real tokens.
 
-    Rows are ragged: each writes at its own next slot, so a short prompt needs no padding on the left and
-    every token keeps the position that it has alone. Attention reads only the first `filled` slots.
+    Rows are ragged: each writes at its own next slot, so a short prompt needs no padding on the
+    left and every token keeps the position that it has alone. Attention reads only the first
+    `filled` slots.
     """
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, device, dtype):
@@ -39,7 +40,9 @@ class KVCache:
         self.filled = 0  # the longest row, known without asking the device
 
     def advance(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes room for T more tokens in each row; returns positions (B, T) and mask (B, 1, T, S)."""
+        """Makes room for T more tokens in each row; returns positions (B, T) and mask (B, 1, T,
+        S).
+        """
         self.filled += T
         if self.filled > self.k.size(3):
             raise ValueError(f"the cache holds {self.k.size(3)} tokens a row, {self.filled} needed")
@@ -49,7 +52,9 @@ class KVCache:
         return self.positions, (steps <= self.positions[:, :, None])[:, None]
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Writes k, v (B, H, T, D) at the rows' own slots; returns all that is filled, (B, H, S, D)."""
+        """Writes k, v (B, H, T, D) at the rows' own slots; returns all that is filled, (B, H, S,
+        D).
+        """
         rows = torch.arange(k.size(0), device=k.device)[:, None]
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)
@@ -61,7 +66,9 @@ class KVCache:
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864): turns x (B, H, T, D) by the angles in rope (2, ..., T, D/2)."""
+    """Rotary positions (arXiv 2104.09864): turns x (B, H, T, D) by the angles in rope (2, ..., T,
+    D/2).
+    """
     a, b = x.chunk(2, dim=-1)
     cos, sin = rope.unbind(0)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -76,7 +83,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, layer=0):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # each (B, H, T, D)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, H, S, D): the past and the present
@@ -112,13 +121,17 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.width % (2 * config.heads):
-            raise ValueError(f"width {config.width} must be a multiple of 2 x heads ({config.heads})")
+            raise ValueError(
+                f"width {config.width} must be a multiple of 2 x heads ({config.heads})"
+            )
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         for w in self.parameters():
-            nn.init.trunc_normal_(w, 0.0, config.init_std, -3 * config.init_std, 3 * config.init_std)
+            nn.init.trunc_normal_(
+                w, 0.0, config.init_std, -3 * config.init_std, 3 * config.init_std
+            )
         if config.tied:
             self.head.weight = self.embed.weight
         D = config.width // config.heads
@@ -127,7 +140,9 @@ class GPT(nn.Module):
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
 
     def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Last normalised hidden states (B, T, C) of ids (B, T), which continue `cache` where one is given."""
+        """Last normalised hidden states (B, T, C) of ids (B, T), which continue `cache` where one
+        is given.
+        """
         T = ids.size(1)
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
@@ -146,11 +161,14 @@ class GPT(nn.Module):
         return self.head(self.hidden(ids, cache))
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """Groups for AdamW: the study decays every weight, and there are no gains or biases to spare."""
+        """Groups for AdamW: the study decays every weight, and there are no gains or biases to
+        spare.
+        """
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
     def flops_per_token(self) -> float:
-        """FLOPs of forward and backward for one token at full context: 6N + 12 L C T (arXiv 2204.02311, B).
+        """FLOPs of forward and backward for one token at full context: 6N + 12 L C T (arXiv
+        2204.02311, B).
 
         N counts the weights that are multiplied: an untied embedding is only looked up.
         """
@@ -162,9 +180,9 @@ class GPT(nn.Module):
 def sample(logits, temperature, top_p, uniform):
     """One token (B,) for each row of logits (B, V), and its log-prob (B,) in fp32.
 
-    Inverse transform sampling: `uniform` (B,) in (0, 1] is the only randomness, so a row's token depends on
-    nothing but the row. The log-prob is of the whole distribution at this temperature (1 when greedy, at 0):
-    top-p limits what is drawn, not what is reported.
+    Inverse transform sampling: `uniform` (B,) in (0, 1] is the only randomness, so a row's token
+    depends on nothing but the row. The log-prob is of the whole distribution at this temperature
+    (1 when greedy, at 0): top-p limits what is drawn, not what is reported.
     """
     logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
@@ -174,7 +192,9 @@ def sample(logits, temperature, top_p, uniform):
         token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])[:, 0]
     else:
         p, order = logp.exp().sort(dim=-1, descending=True)
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # keep what starts below top_p, so never none
+        p = p.masked_fill(
+            p.cumsum(dim=-1) - p >= top_p, 0
+        )  # keep what starts below top_p, so never none
         cumulative = p.cumsum(dim=-1)
         rank = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
         token = order.gather(1, rank)[:, 0]
@@ -183,15 +203,19 @@ def sample(logits, temperature, top_p, uniform):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, eos, generator, temperature=1.0, top_p=1.0):
-    """Continues each of `prompts` (lists of ids, of any lengths) up to `eos` or `max_new_tokens` = N tokens.
+    """Continues each of `prompts` (lists of ids, of any lengths) up to `eos` or `max_new_tokens`
+    = N tokens.
 
-    `generator` is one torch.Generator on the CPU, or a list with one for each prompt: then a prompt's tokens
-    are the same in any batch. Returns tokens (B, N), filled with eos at the end; mask (B, N), true up to the
-    first eos and on it; logp (B, N) in fp32 at `temperature`, zero outside the mask.
+    `generator` is one torch.Generator on the CPU, or a list with one for each prompt: then a
+    prompt's tokens are the same in any batch. Returns tokens (B, N), filled with eos at the end;
+    mask (B, N), true up to the first eos and on it; logp (B, N) in fp32 at `temperature`, zero
+    outside the mask.
     """
     B, N, device = len(prompts), max_new_tokens, model.embed.weight.device
     if max(map(len, prompts)) + N > model.config.context or not all(map(len, prompts)):
-        raise ValueError(f"a prompt must have 1 to {model.config.context - N} tokens, to leave room for {N}")
+        raise ValueError(
+            f"a prompt must have 1 to {model.config.context - N} tokens, to leave room for {N}"
+        )
     if isinstance(generator, list):
         uniform = torch.stack([torch.rand(N, generator=g) for g in generator])
     else:

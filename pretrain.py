@@ -1,8 +1,9 @@
-"""Pretrains a GPT on a mixture of corpora: `torchrun pretrain.py`, from one CPU process to many GPUs.
+"""Pretrains a GPT on a mixture of corpora: `torchrun pretrain.py`, from one CPU process to many
+GPUs.
 
-Reads token files (made on first use), writes out_dir: config.json, mixture.json, metrics.jsonl, ckpt.pt.
-Run it again to continue an unfinished run. The plumbing that rl.py shares (configuration, processes, log,
-checkpoints) is here too. `--help` lists the settings.
+Reads token files (made on first use), writes out_dir: config.json, mixture.json, metrics.jsonl,
+ckpt.pt. Run it again to continue an unfinished run. The plumbing that rl.py shares
+(configuration, processes, log, checkpoints) is here too. `--help` lists the settings.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ class Config:
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
     data_dir: str = "out/data"  # token files
     tokenizer: Literal["toy", "gpt2"] = "toy"  # the shipped one, or GPT-2's with single digits
-    mix: str = "toy-tinygsm,toy-omi1,toy-omi2"  # NAME[:PASSES],... or NAME:PERCENT%,... with tokens
+    mix: str = "toy-tinygsm,toy-omi1,toy-omi2:1.3"  # NAME[:PASSES],... or NAME:PERCENT%,... with tokens
     tokens: float = 0  # budget of a mixture in percent; a mixture in passes has its own
     context: int = 256  # tokens of a sequence, at least those of a prompt and its completion
     width: int = 96  # of the residual stream
@@ -71,14 +72,17 @@ class Config:
     log_every: int = 20  # steps between metric rows
     seed: int = 0  # of the initialisation and of the order of the data
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 where it is faster
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of autocast; auto: bfloat16 where it is faster
+    )
     compile: bool = False  # torch.compile; needs a C++ compiler
 
 
 # The study's models (OLMo's configuration), and its batch of 512 x 2048 tokens.
 PAPER = dict(
-    tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, batch_size=512, micro_batch_size=16,
-    learning_rate=1e-3, beta2=0.95, warmup_steps=5000, eval_every=1000, save_every=1000, compile=True,
+    tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, batch_size=512,
+    micro_batch_size=16, learning_rate=1e-3, beta2=0.95, warmup_steps=5000, eval_every=1000,
+    save_every=1000, compile=True,
 )  # fmt: skip
 PRESETS = {
     "tiny": {},
@@ -91,9 +95,11 @@ PRESETS = {
 
 
 def parse_config(cls, presets: dict, argv: list[str]):
-    """An instance of dataclass `cls` from defaults < presets < --config=FILE.json < flags, in that order.
+    """An instance of dataclass `cls` from defaults < presets < --config=FILE.json < flags, in
+    that order.
 
-    Every preset applies whose words are all among the chosen preset and algo. Flags read --key=value or --key value. Raises UserError on what it does not know, with the nearest name.
+    Every preset applies whose words are all among the chosen preset and algo. Flags read
+    --key=value or --key value. Raises UserError on what it does not know, with the nearest name.
     """
     if "--help" in argv or "-h" in argv:
         print(inspect.getsource(cls))
@@ -128,7 +134,9 @@ def parse_value(name: str, text: str, kind):
         choices = typing.get_args(kind)
         if text in choices:
             return text
-        raise UserError(f"--{name}={text}: choose from {', '.join(choices)}{nearest(text, choices)}")
+        raise UserError(
+            f"--{name}={text}: choose from {', '.join(choices)}{nearest(text, choices)}"
+        )
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
@@ -177,15 +185,22 @@ class Processes(typing.NamedTuple):
 
 
 def setup_distributed(device: str) -> Processes:
-    """Joins the process group that torchrun describes, or a group of one; nccl on cuda, else gloo."""
+    """Joins the process group that torchrun describes, or a group of one; nccl on cuda, else
+    gloo.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, neighbours = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local, neighbours = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={device} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"--device={device} cannot be used here ({str(error).splitlines()[0]})"
+        ) from None
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")
@@ -193,18 +208,23 @@ def setup_distributed(device: str) -> Processes:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     if place.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc hands large freed blocks back to the kernel, which then zeroes them again at every
-        # allocation: keeping them (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) doubles the speed of a small model.
+        # allocation: keeping them (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) doubles the speed of a
+        # small model.
         ctypes.CDLL(None).mallopt(-3, 32 << 20)
         ctypes.CDLL(None).mallopt(-1, 1 << 30)
     if not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
         dist.init_process_group(backend, **alone)
     return Processes(rank, world, place)
 
 
 def autocast(dtype: str, device: torch.device):
-    """The autocast context of --dtype. "auto" is bfloat16 on cuda, and on a CPU whose AMX units multiply it."""
+    """The autocast context of --dtype. "auto" is bfloat16 on cuda, and on a CPU whose AMX units
+    multiply it.
+    """
     if dtype == "auto":
         amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
         dtype = "bfloat16" if device.type == "cuda" or amx else "float32"
@@ -230,7 +250,9 @@ class StopSignal:
 
 
 def launch(main, cls, presets: dict) -> None:
-    """Runs main(config) as a script does: a user's mistake is one sentence on one rank, and exit status 2."""
+    """Runs main(config) as a script does: a user's mistake is one sentence on one rank, and exit
+    status 2.
+    """
     try:
         main(parse_config(cls, presets, sys.argv[1:]))
     except UserError as error:
@@ -246,14 +268,17 @@ def launch(main, cls, presets: dict) -> None:
 
 
 def open_run(cfg, processes: Processes) -> dict | None:
-    """Prepares cfg.out_dir on rank 0 and returns the checkpoint to continue from, None for a new run.
+    """Prepares cfg.out_dir on rank 0 and returns the checkpoint to continue from, None for a new
+    run.
 
     Raises UserError where the folder holds a run of another configuration.
     """
     folder = Path(cfg.out_dir)
     if processes.rank == 0 and cfg.overwrite and folder.exists():
         if any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise UserError(f"{folder} is not a run's folder: it is not overwritten, choose another --out_dir")
+            raise UserError(
+                f"{folder} is not a run's folder: it is not overwritten, choose another --out_dir"
+            )
         shutil.rmtree(folder)
     dist.barrier()
     file, ours = folder / "config.json", dataclasses.asdict(cfg)
@@ -263,8 +288,8 @@ def open_run(cfg, processes: Processes) -> dict | None:
         differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
         if differing:
             changes = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differing)
-            raise UserError(f"{folder} holds a run with another {changes}: choose another --out_dir, "
-                            "or --overwrite=true to delete that run")  # fmt: skip
+            raise UserError(f"{folder} holds a run with another {changes}: choose another "
+                            "--out_dir, or --overwrite=true to delete that run")  # fmt: skip
     dist.barrier()
     if processes.rank == 0 and not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,15 +300,19 @@ def open_run(cfg, processes: Processes) -> dict | None:
 
 def describe(processes: Processes) -> dict:
     """What a run's config.json says of where it ran."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     return {"argv": sys.argv, "git_commit": git.stdout.strip(), "torch_version": torch.__version__,
             "device": str(processes.device), "world_size": processes.world}  # fmt: skip
 
 
 class RunLog:
-    """Appends rows to metrics.jsonl and shows them: a tqdm bar on a terminal, plain lines in a log.
+    """Appends rows to metrics.jsonl and shows them: a tqdm bar on a terminal, plain lines in a
+    log.
 
-    Only rank 0 writes. A run that continues drops the rows behind its checkpoint: they will come again.
+    Only rank 0 writes. A run that continues drops the rows behind its checkpoint: they will come
+    again.
     """
 
     def __init__(self, cfg, processes: Processes, total: int, step: int, size: int):
@@ -291,7 +320,9 @@ class RunLog:
         if self.active:
             self.file = open(Path(cfg.out_dir) / "metrics.jsonl", "ab")
             self.file.truncate(size)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=None if self.active else True)
+        self.bar = tqdm(
+            total=total, initial=step, unit="step", disable=None if self.active else True
+        )
 
     def write(self, row: dict) -> None:
         if not self.active:
@@ -320,15 +351,15 @@ class RunLog:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes beside `path`, then renames: a reader, or a crash, sees the old file or the new one."""
+    """Writes beside `path`, then renames: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}): make room and start again, "
-                        "what was there is intact") from None  # fmt: skip
+        raise UserError(f"{path} could not be written ({error.strerror}): make room and start "
+                        "again, what was there is intact") from None  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -339,8 +370,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}): make room and start "
-                        "again, the last checkpoint is intact") from None  # fmt: skip
+        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}): make room "
+                        "and start again, the last checkpoint is intact") from None  # fmt: skip
 
 
 def load_checkpoint(path: Path, device) -> dict:
@@ -348,14 +379,22 @@ def load_checkpoint(path: Path, device) -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run `torchrun pretrain.py` first, or name another run") from None
+        raise UserError(
+            f"{path} does not exist: run `torchrun pretrain.py` first, or name another run"
+        ) from None
     except Exception:  # zipfile, pickle and torch each have errors of their own for a damaged file
-        raise UserError(f"{path} is not a readable checkpoint: delete it, or name another") from None
+        raise UserError(
+            f"{path} is not a readable checkpoint: delete it, or name another"
+        ) from None
 
 
 def model_state(model: GPT, tokenizer: str) -> dict:
     """What load_model needs."""
-    return {"model": model.state_dict(), "gpt": dataclasses.asdict(model.config), "tokenizer": tokenizer}
+    return {
+        "model": model.state_dict(),
+        "gpt": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer,
+    }
 
 
 def load_model(path: str | Path, device) -> tuple[GPT, str]:
@@ -368,16 +407,20 @@ def load_model(path: str | Path, device) -> tuple[GPT, str]:
         model.load_state_dict(state["model"])
         return model, state["tokenizer"]
     except (KeyError, TypeError, RuntimeError):
-        raise UserError(f"{path} holds a model of another architecture: pretrain it again") from None
+        raise UserError(
+            f"{path} holds a model of another architecture: pretrain it again"
+        ) from None
 
 
 # ---------------------------------------------------------------- pretraining
 
 
 def schedule(progress: float, warmup: float, floor: float) -> float:
-    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine down to `floor`.
+    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine down to
+    `floor`.
 
-    `progress` in (0, 1] is the share of the run that is done after this update, so the first rate is above 0.
+    `progress` in (0, 1] is the share of the run that is done after this update, so the first rate
+    is above 0.
     """
     if progress < warmup:
         return progress / warmup
@@ -398,11 +441,16 @@ def load_mixture(cfg: Config, processes: Processes) -> Mixture:
 def next_token_loss(model, blocks: torch.Tensor) -> torch.Tensor:
     """Sum of the cross-entropies of blocks (B, T + 1), in nats; rows of -1 count nothing."""
     logits = model(blocks[:, :-1].clamp(min=0))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten(), ignore_index=-1, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), blocks[:, 1:].flatten(), ignore_index=-1, reduction="sum"
+    )
 
 
-def accumulate(model, blocks: torch.Tensor, micro_batch_size: int, tokens: int, context, processes) -> float:
-    """Adds the gradient of this rank's blocks (B, T + 1), over the `tokens` of all ranks; returns its loss.
+def accumulate(
+    model, blocks: torch.Tensor, micro_batch_size: int, tokens: int, context, processes
+) -> float:
+    """Adds the gradient of this rank's blocks (B, T + 1), over the `tokens` of all ranks; returns
+    its loss.
 
     DDP averages over ranks where the loss is a sum over them, hence the factor world.
     """
@@ -422,7 +470,9 @@ def held_out_losses(model, mixture: Mixture, micro_batch_size: int, context, pro
     """Mean held-out loss of each corpus, in nats a token, each rank on its part."""
     losses = {}
     for name in mixture.names:
-        blocks = torch.from_numpy(mixture.held_out(name)[processes.rank :: processes.world]).to(processes.device)
+        blocks = torch.from_numpy(mixture.held_out(name)[processes.rank :: processes.world]).to(
+            processes.device
+        )
         with context:
             parts = blocks.split(micro_batch_size)
             total = sum(float(next_token_loss(model, part)) for part in parts)
@@ -438,10 +488,14 @@ def print_samples(model: GPT, tokenizer: str, log: RunLog, seed: int) -> None:
     prompts = [encoding.encode_ordinary(q.question + "\n\n") for q in questions]
     room = model.config.context - max(map(len, prompts))
     if room < 1:
-        return log.say(f"no samples: a context of {model.config.context} tokens has no room for a completion")
+        return log.say(
+            f"no samples: a context of {model.config.context} tokens has no room for a completion"
+        )
     generator = torch.Generator().manual_seed(seed)
     tokens, mask, _ = generate(model, prompts, min(room, 256), encoding.eot_token, generator)
-    texts = [encoding.decode(t[m].tolist()).removesuffix("<|endoftext|>") for t, m in zip(tokens, mask)]
+    texts = [
+        encoding.decode(t[m].tolist()).removesuffix("<|endoftext|>") for t, m in zip(tokens, mask)
+    ]
     formats = [split_format(text)[0] for text in texts]
     for name in FORMATS:
         share = formats.count(name) / len(formats)
@@ -451,7 +505,13 @@ def print_samples(model: GPT, tokenizer: str, log: RunLog, seed: int) -> None:
             log.say(f"{questions[first].question}\n\n{texts[first]}")
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}  # dense bf16
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -461,18 +521,22 @@ def peak_flops(device: torch.device) -> float | None:
 
 def main(cfg: Config) -> dict:
     """Trains until the mixture (or max_steps) is used up; returns the last evaluation row."""
-    require_positive(cfg, "batch_size", "micro_batch_size", "learning_rate", "context", "width", "layers",
-                     "heads", "eval_every", "save_every", "log_every")  # fmt: skip
+    require_positive(cfg, "batch_size", "micro_batch_size", "learning_rate", "context", "width",
+                     "layers", "heads", "eval_every", "save_every", "log_every")  # fmt: skip
     processes = setup_distributed(cfg.device)
     stop, context = StopSignal(), autocast(cfg.dtype, processes.device)
     if cfg.batch_size < processes.world:
-        raise UserError(f"--batch_size={cfg.batch_size} leaves some of {processes.world} ranks without data")
+        raise UserError(
+            f"--batch_size={cfg.batch_size} leaves some of {processes.world} ranks without data"
+        )
     mixture = load_mixture(cfg, processes)
     total = min(cfg.max_steps or mixture.steps, mixture.steps)
     torch.manual_seed(cfg.seed)  # the initialisation is all that draws from it
     fields = [field.name for field in dataclasses.fields(GPTConfig)][1:]
     try:
-        model = GPT(GPTConfig(get_tokenizer(cfg.tokenizer).n_vocab, *(getattr(cfg, f) for f in fields)))
+        model = GPT(
+            GPTConfig(get_tokenizer(cfg.tokenizer).n_vocab, *(getattr(cfg, f) for f in fields))
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     model.to(processes.device)
@@ -488,15 +552,20 @@ def main(cfg: Config) -> dict:
         write_atomically(Path(cfg.out_dir) / "mixture.json", manifest)
     log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
     parameters = sum(p.numel() for p in model.parameters())
-    log.say(f"{parameters / 1e6:.2f}M parameters, {total} steps of {cfg.batch_size} x {cfg.context} tokens, "
-            f"{processes.world} process(es) on {processes.device}")  # fmt: skip
+    log.say(f"{parameters / 1e6:.2f}M parameters, {total} steps of {cfg.batch_size} x "
+            f"{cfg.context} tokens, {processes.world} rank(s) on {processes.device}")  # fmt: skip
     if step == total:
         log.say(f"{cfg.out_dir} is finished: --overwrite=true starts it afresh")
         return state["evaluation"]
     if step:
         log.say(f"continuing {cfg.out_dir} at step {step}")
     ddp = DistributedDataParallel(torch.compile(model) if cfg.compile else model)
-    row, evaluation, started, trained = {}, state["evaluation"] if state else {}, time.perf_counter(), 0
+    row, evaluation, started, trained = (
+        {},
+        state["evaluation"] if state else {},
+        time.perf_counter(),
+        0,
+    )
     while step < total:
         batch = mixture.batch(step)  # the same on every rank; each takes its rows
         tokens = int((batch[:, 1:] >= 0).sum())
@@ -507,7 +576,9 @@ def main(cfg: Config) -> dict:
         if not math.isfinite(loss) or not torch.isfinite(grad_norm):
             raise UserError(f"the loss is {loss} at step {step}: lower --learning_rate; "
                             "the last checkpoint is kept")  # fmt: skip
-        rate = cfg.learning_rate * schedule((step + 1) / total, min(cfg.warmup_steps / total, 0.5), cfg.min_learning_rate)
+        rate = cfg.learning_rate * schedule(
+            (step + 1) / total, min(cfg.warmup_steps / total, 0.5), cfg.min_learning_rate
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -527,12 +598,16 @@ def main(cfg: Config) -> dict:
             losses = held_out_losses(model, mixture, cfg.micro_batch_size, context, processes)
             evaluation = {"step": step, "kind": "eval", "loss": losses}
             log.write(evaluation)
-            log.say(f"step {step} held-out loss: " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+            log.say(
+                f"step {step} held-out loss: "
+                + ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
+            )
             started, trained = time.perf_counter(), 0
         if (step % cfg.save_every == 0 or step == total or stopping) and processes.rank == 0:
             save_checkpoint(Path(cfg.out_dir) / "ckpt.pt", {
-                **model_state(model, cfg.tokenizer), "optimizer": optimizer.state_dict(), "step": step,
-                "config": dataclasses.asdict(cfg), "evaluation": evaluation, "metrics_size": log.size(),
+                **model_state(model, cfg.tokenizer), "optimizer": optimizer.state_dict(),
+                "step": step, "config": dataclasses.asdict(cfg), "evaluation": evaluation,
+                "metrics_size": log.size(),
             })  # fmt: skip
         if stopping and step < total:
             log.say(f"stopped at step {step}: the same command continues it")

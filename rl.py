@@ -1,9 +1,11 @@
-"""Fine-tunes a pretrained GPT on questions with a verifiable answer: `torchrun rl.py --algo=ppo|grpo|ei`.
+"""Fine-tunes a pretrained GPT on questions with a verifiable answer: `torchrun rl.py
+--algo=ppo|grpo|ei`.
 
-Reads the run of pretrain.py (--init_from), writes out_dir: config.json, metrics.jsonl, ckpt.pt, step_NNNNNN.pt,
-samples_NNNNNN.jsonl and echo.png. `--algo=eval` only evaluates. Run it again to continue an unfinished run.
-Deviations from the textbook: a completion cut at max_new_tokens counts as ended, with reward 0 unless it
-holds the answer; every rank holds the whole rollout (ids are small), so no statistic depends on their number.
+Reads the run of pretrain.py (--init_from), writes out_dir: config.json, metrics.jsonl, ckpt.pt,
+step_NNNNNN.pt, samples_NNNNNN.jsonl and echo.png. `--algo=eval` only evaluates. Run it again to
+continue an unfinished run. Deviations from the textbook: a completion cut at max_new_tokens
+counts as ended, with reward 0 unless it holds the answer; every rank holds the whole rollout (ids
+are small), so no statistic depends on their number.
 """
 
 import contextlib
@@ -30,8 +32,9 @@ from data.mixture import generator
 from data.tasks import Question, load_questions
 from data.tokenizer import get_tokenizer
 from model import GPT, generate
-from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, model_state, open_run,
-                      require_positive, save_checkpoint, schedule, setup_distributed, write_atomically)  # fmt: skip
+from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, model_state,
+                      open_run, require_positive, save_checkpoint, schedule, setup_distributed,
+                      write_atomically)  # fmt: skip
 from verify import FORMATS, score_batch, summarize, table
 
 
@@ -39,43 +42,53 @@ from verify import FORMATS, score_batch, summarize, table
 class Config:
     preset: Literal["tiny", "paper"] = "tiny"  # fills in the fields that PRESETS names
     config: str = ""  # a .json of these fields, such as another run's config.json
-    algo: Literal["ppo", "grpo", "ei", "eval"] = "ppo"  # Expert Iteration is ei; eval trains nothing
+    algo: Literal["ppo", "grpo", "ei", "eval"] = (
+        "ppo"  # Expert Iteration is ei; eval trains nothing
+    )
     init_from: str = "out/pretrain"  # the base: a run's folder, or a .pt file of one
     out_dir: str = ""  # the run's folder; empty: out/ALGO, out/eval-TASK for eval
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
-    task: str = "toy"  # questions to learn from: toy, toy-hard, gsm8k, math; eval: also math500, aime, aime24
+    task: str = "toy"  # toy, toy-hard, gsm8k or math; for eval also math500, aime, aime24
     eval_task: str = ""  # questions to evaluate on; empty: the test questions of task
     questions: str = ""  # json or jsonl file in place of the task's own questions
-    eval_questions: str = ""  # likewise for evaluation; empty beside questions: a tenth of them, held out
+    eval_questions: str = (
+        ""  # likewise for evaluation; empty beside questions: a tenth of them, held out
+    )
     hub: str = ""  # a folder with the hub's layout, read instead of the hub
     prompts_per_step: int = 32  # questions of a rollout, all ranks together
     group_size: int = 8  # G, completions of a question
     max_new_tokens: int = 80  # longest completion
     temperature: float = 1.0  # of rollouts, and of the log-probs that are trained
-    top_p: float = 1.0  # nucleus of rollouts; ppo and grpo need 1: they train the untruncated distribution
+    top_p: float = (
+        1.0  # nucleus of rollouts; ppo and grpo need 1: they train the untruncated distribution
+    )
     minibatch_size: int = 64  # completions of an update, all ranks together
     micro_batch_size: int = 64  # completions of one forward pass on one rank
     epochs: int = 1  # passes over a rollout
-    learning_rate: float = 6e-4  # peak, of the policy
-    critic_learning_rate: float = 1e-3  # peak, of ppo's critic
+    learning_rate: float = 3e-4  # peak, of the policy
+    critic_learning_rate: float = 3e-4  # peak, of ppo's critic
     warmup: float = 0.03  # share of the schedule in which the learning rate rises
-    min_learning_rate: float = 1.0  # at the end of the cosine, as a fraction of the peak; 1: constant
+    min_learning_rate: float = (
+        1.0  # at the end of the cosine, as a fraction of the peak; 1: constant
+    )
     kl_coef: float = 0.001  # of the KL to the base: in ppo's reward (k1), in grpo's loss (k3)
     clip_eps: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of ppo's values
     gamma: float = 1.0  # discount a token
     gae_lambda: float = 0.95  # of generalised advantage estimation
-    restart_from_base: bool = True  # ei: every round trains the base again; false: the last round's policy
+    restart_from_base: bool = (
+        True  # ei: every round trains the base again; false: the last round's policy
+    )
     grad_clip: float = 1.0  # largest norm of a gradient
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
-    max_steps: int = 30  # rollouts, each with its updates; ei: rounds
-    eval_every: int = 10  # steps between evaluations
+    max_steps: int = 36  # rollouts, each with its updates; ei: rounds
+    eval_every: int = 12  # steps between evaluations
     eval_k: int = 8  # samples a question for pass@k and maj@k
     eval_temperature: float = 1.0  # of those samples
     eval_top_p: float = 1.0  # nucleus of those samples
     sample_batch_size: int = 256  # completions decoded together on one rank
-    save_every: int = 10  # steps between checkpoints
+    save_every: int = 12  # steps between checkpoints
     log_every: int = 1  # steps between metric rows
     seed: int = 0  # of the order of questions and of every sample
     device: str = "auto"  # auto: cuda where there is one, else cpu
@@ -85,15 +98,18 @@ class Config:
 
 PRESETS = {  # every entry applies whose words are among the chosen preset and algo
     "tiny": {},
-    "tiny ei": dict(prompts_per_step=512, epochs=2, learning_rate=1e-3, min_learning_rate=0.1, max_steps=3,
-                    eval_every=1, save_every=1),
-    "paper": dict(task="gsm8k", prompts_per_step=64, group_size=8, max_new_tokens=1024, temperature=0.7,
-                  minibatch_size=64, micro_batch_size=8, learning_rate=1e-6, critic_learning_rate=7e-6,
-                  max_steps=1168, eval_every=117, eval_k=64, eval_temperature=0.7, eval_top_p=0.95,
-                  save_every=50),
-    "paper ei": dict(prompts_per_step=7473, group_size=64, temperature=1.0, top_p=0.95, minibatch_size=256,
-                     epochs=2, learning_rate=1e-4, min_learning_rate=0.1, max_steps=3, eval_every=1,
-                     save_every=1),
+    "tiny ei": dict(
+        prompts_per_step=512, epochs=2, learning_rate=1e-3, min_learning_rate=0.1, max_steps=3,
+        eval_every=1, save_every=1),
+    "paper": dict(
+        task="gsm8k", prompts_per_step=64, group_size=8, max_new_tokens=1024, temperature=0.7,
+        minibatch_size=64, micro_batch_size=8, learning_rate=1e-6, critic_learning_rate=7e-6,
+        max_steps=1168, eval_every=117, eval_k=64, eval_temperature=0.7, eval_top_p=0.95,
+        save_every=50),
+    "paper ei": dict(
+        prompts_per_step=7473, group_size=64, temperature=1.0, top_p=0.95, minibatch_size=256,
+        epochs=2, learning_rate=1e-4, min_learning_rate=0.1, max_steps=3, eval_every=1,
+        save_every=1),
 }  # fmt: skip
 
 
@@ -109,14 +125,18 @@ class Rollout(NamedTuple):
     scores: list  # N of verify.Score
 
 
-def fitting(questions: list[Question], encoding, context: int, room: int) -> list[tuple[Question, list[int]]]:
-    """Each question with its prompt's ids, but for those that leave less than `room` tokens of the context."""
+def fitting(
+    questions: list[Question], encoding, context: int, room: int
+) -> list[tuple[Question, list[int]]]:
+    """Each question with its prompt's ids, but for those that leave less than `room` tokens of
+    the context.
+    """
     pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
     return [(q, ids) for q, ids in pairs if len(ids) + room <= context]
 
 
 def pick_prompts(count: int, step: int, size: int, seed: int) -> list[int]:
-    """Which of `count` questions a step asks: each once an epoch, in an order of the epoch's own."""
+    """Which of `count` questions a step asks: each once an epoch, in the epoch's own order."""
     orders, picked = {}, []
     for i in range(step * size, (step + 1) * size):
         epoch, place = divmod(i, count)
@@ -128,10 +148,11 @@ def pick_prompts(count: int, step: int, size: int, seed: int) -> list[int]:
 
 def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, processes: Processes,
              seconds: dict) -> Rollout:  # fmt: skip
-    """A completion of each (question, prompt) of pairs. Each rank samples and verifies its share, all get all.
+    """A completion of each (question, prompt) of pairs. Each rank samples and verifies its share,
+    all get all.
 
-    Every completion has a random generator of its own, seeded by `key` and its place: neither the number of
-    ranks nor the size of a batch changes what is sampled.
+    Every completion has a random generator of its own, seeded by `key` and its place: neither the
+    number of ranks nor the size of a batch changes what is sampled.
     """
     seeds = generator(*key).integers(2**63, size=len(pairs))
     mine = range(processes.rank, len(pairs), processes.world)
@@ -146,7 +167,9 @@ def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, p
         completions += [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask.cpu())]
     sampled = time.perf_counter()
     ends = encoding.eot_token
-    texts = [encoding.decode([i for i in ids if i != ends], errors="replace") for ids in completions]
+    texts = [
+        encoding.decode([i for i in ids if i != ends], errors="replace") for ids in completions
+    ]
     scores = score_batch(texts, [pairs[i][0].gold for i in mine])
     whole = [None] * len(pairs)
     for rank, share in enumerate(processes.gather(list(zip(completions, texts, scores)))):
@@ -158,7 +181,9 @@ def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, p
 
 @dataclass
 class Batch:
-    """Rows of a rollout as tensors, padded on the right; what is per token is (B, T), T the longest completion."""
+    """Rows of a rollout as tensors, padded on the right; what is per token is (B, T), T the
+    longest completion.
+    """
 
     ids: torch.Tensor  # (B, S) prompts and completions
     start: torch.Tensor  # (B,) length of the prompt
@@ -173,7 +198,9 @@ class Batch:
 
 
 def make_batch(rollout: Rollout, rows: list[int], advantage: torch.Tensor, device) -> Batch:
-    """The given rows of a rollout. No rows at all give one that is masked out: every rank has work for DDP."""
+    """The given rows of a rollout. No rows at all give one that is masked out: every rank has
+    work for DDP.
+    """
     picked = rows or [0]
     prompts = [torch.tensor(rollout.prompts[i]) for i in picked]
     completions = [torch.tensor(rollout.completions[i]) for i in picked]
@@ -191,9 +218,13 @@ def make_batch(rollout: Rollout, rows: list[int], advantage: torch.Tensor, devic
 
 
 def completion_states(gpt: GPT, batch: Batch) -> torch.Tensor:
-    """The hidden state before each token of the completions that the mask keeps, (n, C), row by row."""
+    """The hidden state before each token of the completions that the mask keeps, (n, C), row by
+    row.
+    """
     hidden = gpt.hidden(batch.ids[:, :-1])  # (B, S - 1, C); state t predicts token t + 1
-    place = batch.start[:, None] - 1 + torch.arange(batch.mask.size(1), device=batch.mask.device)  # (B, T)
+    place = (
+        batch.start[:, None] - 1 + torch.arange(batch.mask.size(1), device=batch.mask.device)
+    )  # (B, T)
     row = torch.arange(batch.mask.size(0), device=batch.mask.device)[:, None].expand_as(place)
     return hidden[row[batch.mask], place[batch.mask]]
 
@@ -204,14 +235,18 @@ def unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Policy(nn.Module):
-    """Log-probs (B, T) of the completions' tokens, in fp32 and at the sampling temperature, and entropies."""
+    """Log-probs (B, T) of the completions' tokens, in fp32 and at the sampling temperature, and
+    entropies.
+    """
 
     def __init__(self, gpt: GPT, temperature: float):
         super().__init__()
         self.gpt, self.temperature = gpt, temperature
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.gpt.head(completion_states(self.gpt, batch)).float() / self.temperature  # (n, V)
+        logits = (
+            self.gpt.head(completion_states(self.gpt, batch)).float() / self.temperature
+        )  # (n, V)
         logps = logits.log_softmax(dim=-1)
         logp = logps.gather(1, batch.tokens[batch.mask][:, None])[:, 0]
         with torch.no_grad():
@@ -220,7 +255,9 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """Values (B, T) of the states before each token: a copy of the base with a head of one output."""
+    """Values (B, T) of the states before each token: a copy of the base with a head of one
+    output.
+    """
 
     def __init__(self, gpt: GPT):
         super().__init__()
@@ -229,7 +266,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.gpt.head.weight)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return unflatten(self.gpt.head(completion_states(self.gpt, batch)).float()[:, 0], batch.mask)
+        return unflatten(
+            self.gpt.head(completion_states(self.gpt, batch)).float()[:, 0], batch.mask
+        )
 
 
 # ---------------------------------------------------------------- the three algorithms
@@ -241,10 +280,11 @@ class Critic(nn.Module):
 
 
 def token_rewards(batch: Batch, kl_coef: float) -> torch.Tensor:
-    """Rewards (B, T): the score on the last token, -kl_coef k1 on every one (arXiv 2203.02155, equation 2).
+    """Rewards (B, T): the score on the last token, -kl_coef k1 on every one (arXiv 2203.02155,
+    equation 2).
 
-    k1 = old_logp - ref_logp, unbiased for the KL to the base. In the loss its gradient would be zero in
-    expectation; in the reward it is the gradient of the KL.
+    k1 = old_logp - ref_logp, unbiased for the KL to the base. In the loss its gradient would be
+    zero in expectation; in the reward it is the gradient of the KL.
     """
     length = batch.mask.sum(dim=1)
     last = torch.arange(batch.mask.size(1), device=batch.mask.device) == length[:, None] - 1
@@ -255,10 +295,11 @@ def token_rewards(batch: Batch, kl_coef: float) -> torch.Tensor:
 
 
 def gae(reward, value, mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16); all (B, T), zero outside the mask.
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16); all (B, T), zero outside
+    the mask.
 
-    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1}; V and A are 0 behind the last
-    token. Returns the advantages, and the returns A_t + V_t.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lambda A_{t+1}; V and A are 0
+    behind the last token. Returns the advantages, and the returns A_t + V_t.
     """
     advantage = torch.zeros_like(value)
     following, following_value = torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0])
@@ -271,18 +312,23 @@ def gae(reward, value, mask, gamma: float, lam: float) -> tuple[torch.Tensor, to
 
 
 def group_advantage(reward: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(r - mean) / std of each reward within its group (arXiv 2402.03300, section 4.1.2), (N,) -> (N,).
+    """(r - mean) / std of each reward within its group (arXiv 2402.03300, section 4.1.2), (N,) ->
+    (N,).
 
     A group whose rewards are all equal says nothing, and gets exact zeros.
     """
     groups = reward.view(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
     differ = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
-    return torch.where(differ, centered / groups.std(dim=1, keepdim=True).clamp(min=1e-6), 0.0).flatten()
+    return torch.where(
+        differ, centered / groups.std(dim=1, keepdim=True).clamp(min=1e-6), 0.0
+    ).flatten()
 
 
 def first_correct(rollout: Rollout) -> torch.Tensor:
-    """1 for each correct completion that its question has not had before in this rollout, else 0; (N,)."""
+    """1 for each correct completion that its question has not had before in this rollout, else 0;
+    (N,).
+    """
     seen, advantage = set(), []
     for prompt, completion, score in zip(rollout.prompts, rollout.completions, rollout.scores):
         key = (tuple(prompt), tuple(completion))
@@ -292,19 +338,25 @@ def first_correct(rollout: Rollout) -> torch.Tensor:
 
 
 def clipped(logp, old_logp, advantage, clip_eps: float) -> torch.Tensor:
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(logp - old_logp) (arXiv 1707.06347, equation 7)."""
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(logp - old_logp) (arXiv 1707.06347,
+    equation 7).
+    """
     ratio = (logp - old_logp).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
 
 
 def k3(logp, ref_logp) -> torch.Tensor:
-    """exp(d) - d - 1 with d = ref_logp - logp: unbiased for the KL to the base, never negative (Schulman 2020)."""
+    """exp(d) - d - 1 with d = ref_logp - logp: unbiased for the KL to the base, never negative
+    (Schulman 2020).
+    """
     difference = ref_logp - logp
     return difference.exp() - difference - 1
 
 
 def clipped_value_loss(value, old_value, returns, clip: float) -> torch.Tensor:
-    """max((V - R)^2, (V_clipped - R)^2) / 2, V_clipped within `clip` of the old value (openai/baselines ppo2)."""
+    """max((V - R)^2, (V_clipped - R)^2) / 2, V_clipped within `clip` of the old value
+    (openai/baselines ppo2).
+    """
     near = old_value + (value - old_value).clamp(-clip, clip)
     return torch.max((value - returns) ** 2, (near - returns) ** 2) / 2
 
@@ -335,7 +387,12 @@ def rewards(rollout: Rollout) -> torch.Tensor:
 
 ALGORITHMS = {
     "ppo": Algorithm(lambda rollout, cfg: rewards(rollout), ppo_loss, True, True),
-    "grpo": Algorithm(lambda rollout, cfg: group_advantage(rewards(rollout), cfg.group_size), grpo_loss, False, True),
+    "grpo": Algorithm(
+        lambda rollout, cfg: group_advantage(rewards(rollout), cfg.group_size),
+        grpo_loss,
+        False,
+        True,
+    ),
     "ei": Algorithm(lambda rollout, cfg: first_correct(rollout), ei_loss, False, False),
 }
 
@@ -353,12 +410,18 @@ class Trainer:
 
     def reset(self) -> None:
         betas = (self.cfg.beta1, self.cfg.beta2)
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), self.peak, betas, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), self.peak, betas, weight_decay=0.0, fused=True
+        )
 
-    def update(self, batches: list[Batch], token_loss: Callable, tokens: int, rate: float, context) -> float:
-        """One optimiser step on the mean of token_loss(batch) (B, T) over the `tokens` of all ranks' batches.
+    def update(
+        self, batches: list[Batch], token_loss: Callable, tokens: int, rate: float, context
+    ) -> float:
+        """One optimiser step on the mean of token_loss(batch) (B, T) over the `tokens` of all
+        ranks' batches.
 
-        Returns the norm of the gradient. DDP averages over ranks what is a sum over them: hence the factor world.
+        Returns the norm of the gradient. DDP averages over ranks what is a sum over them: hence
+        the factor world.
         """
         for i, batch in enumerate(batches):
             with contextlib.nullcontext() if i == len(batches) - 1 else self.ddp.no_sync():
@@ -373,28 +436,40 @@ class Trainer:
         return float(norm)
 
 
-def split_minibatches(rollout: Rollout, advantage: torch.Tensor, step: int, cfg, processes: Processes):
-    """The rollout's rows, shuffled and dealt into minibatches: (its tokens over all ranks, this rank's batches).
+def split_minibatches(
+    rollout: Rollout, advantage: torch.Tensor, step: int, cfg, processes: Processes
+):
+    """The rollout's rows, shuffled and dealt into minibatches: (its tokens over all ranks, this
+    rank's batches).
 
     Completions that Expert Iteration does not learn from are left out.
     """
-    rows = range(len(advantage)) if ALGORITHMS[cfg.algo].on_policy else advantage.nonzero()[:, 0].tolist()
+    rows = (
+        range(len(advantage))
+        if ALGORITHMS[cfg.algo].on_policy
+        else advantage.nonzero()[:, 0].tolist()
+    )
     order = generator(cfg.seed, "minibatches", step).permutation(list(rows)).astype(int).tolist()
     minibatches = []
     for first in range(0, len(order), cfg.minibatch_size):
         whole = order[first : first + cfg.minibatch_size]
         mine = whole[processes.rank :: processes.world]
-        parts = [mine[i : i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)]
+        parts = [
+            mine[i : i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)
+        ]
         batches = [make_batch(rollout, part, advantage, processes.device) for part in parts or [[]]]
         minibatches.append((sum(len(rollout.completions[i]) for i in whole), batches))
     return minibatches
 
 
 @torch.no_grad()
-def prepare_batches(batches: list[Batch], policy, critic, reference, cfg, context, processes) -> dict:
+def prepare_batches(
+    batches: list[Batch], policy, critic, reference, cfg, context, processes
+) -> dict:
     """Fills in the quantities of the time of sampling, with the very batches that are trained on.
 
-    The same rows in the same shape give the same bits: the first ratio is 1 exactly. Returns metrics.
+    The same rows in the same shape give the same bits: the first ratio is 1 exactly. Returns
+    metrics.
     """
     with context:
         for batch in batches:
@@ -412,7 +487,9 @@ def prepare_batches(batches: list[Batch], policy, critic, reference, cfg, contex
 
 
 def estimate_advantages(batches: list[Batch], cfg, processes: Processes) -> float:
-    """PPO: GAE, whitened over the tokens of the whole rollout; returns the critic's explained variance."""
+    """PPO: GAE, whitened over the tokens of the whole rollout; returns the critic's explained
+    variance.
+    """
     sums = np.zeros(7)
     for b in batches:
         reward = token_rewards(b, cfg.kl_coef)
@@ -428,7 +505,9 @@ def estimate_advantages(batches: list[Batch], cfg, processes: Processes) -> floa
     return 1 - (e_square - e_mean**2) / return_variance if return_variance > 1e-12 else 0.0
 
 
-def learn(rollout: Rollout, step: int, policy: Trainer, critic, reference, cfg, context, processes) -> dict:
+def learn(
+    rollout: Rollout, step: int, policy: Trainer, critic, reference, cfg, context, processes
+) -> dict:
     """All updates of a rollout, epochs x minibatches; returns the metrics of the training row."""
     algorithm = ALGORITHMS[cfg.algo]
     advantage = algorithm.advantage(rollout, cfg)
@@ -458,7 +537,8 @@ def learn(rollout: Rollout, step: int, policy: Trainer, critic, reference, cfg, 
 
     for _ in range(cfg.epochs):
         for tokens, parts in minibatches:
-            # the share of the schedule that is behind us: of the round where it starts from the base again
+            # the share of the schedule that is behind us: of the round where it starts from the
+            # base again
             share = (done + 1) / updates
             progress = share if restarts(cfg) else (step + share) / cfg.max_steps
             rate = schedule(progress, cfg.warmup, cfg.min_learning_rate)
@@ -471,7 +551,8 @@ def learn(rollout: Rollout, step: int, policy: Trainer, critic, reference, cfg, 
     metrics |= {name: total / tokens for name, total in totals.items()}
     metrics["ratio_max_dev"] = max(processes.gather(first_deviation))
     if not all(map(math.isfinite, norms)):
-        raise UserError(f"the gradient is not finite at step {step}: lower --learning_rate; the last checkpoint is kept")
+        raise UserError(f"the gradient is not finite at step {step}: "
+                        "lower --learning_rate; the last checkpoint is kept")  # fmt: skip
     return {**metrics, "grad_norm": max(norms), "lr": policy.optimizer.param_groups[0]["lr"]}
 
 
@@ -487,23 +568,40 @@ def describe_rollout(rollout: Rollout, cfg, eot: int) -> dict:
     return {"reward": float(groups.mean()), "length": sum(lengths) / len(lengths),
             "truncated": sum(ids[-1] != eot for ids in rollout.completions) / len(lengths),
             "informative": float((groups.amax(1) > groups.amin(1)).float().mean()),
-            **{f"share_{name}": formats.count(name) / len(formats) for name in FORMATS}}  # fmt: skip
+            **{f"share_{f}": formats.count(f) / len(formats) for f in FORMATS}}  # fmt: skip
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(model: GPT, pairs: list, n: int, step: int, cfg, encoding, processes: Processes) -> tuple[dict, list]:
-    """The evaluation row of a model on (question, prompt) pairs, and the samples; n counts questions left out too."""
+def evaluate(
+    model: GPT, pairs: list, n: int, step: int, cfg, encoding, processes: Processes
+) -> tuple[dict, list]:
+    """The evaluation row of a model on (question, prompt) pairs, and the samples; n counts
+    questions left out too.
+    """
     settings = dataclasses.replace(cfg, temperature=cfg.eval_temperature, top_p=cfg.eval_top_p)
     seconds, samples = {"sample": 0.0, "verify": 0.0}, []
-    for greedy, repeated in ((True, pairs), (False, [pair for pair in pairs for _ in range(cfg.eval_k)])):
+    for greedy, repeated in (
+        (True, pairs),
+        (False, [pair for pair in pairs for _ in range(cfg.eval_k)]),
+    ):
         if not repeated:
             continue
-        rollout = roll_out(model, repeated, (cfg.seed, "eval", greedy), settings, greedy, encoding, processes, seconds)
+        rollout = roll_out(
+            model,
+            repeated,
+            (cfg.seed, "eval", greedy),
+            settings,
+            greedy,
+            encoding,
+            processes,
+            seconds,
+        )
         for (question, _), ids, text, score in zip(repeated, *rollout[1:]):
-            samples.append({**question._asdict(), "completion": text, **score._asdict(), "greedy": greedy,
-                            "length": len(ids), "truncated": ids[-1] != encoding.eot_token})  # fmt: skip
+            samples.append({**question._asdict(), "completion": text, **score._asdict(),
+                            "greedy": greedy, "length": len(ids),
+                            "truncated": ids[-1] != encoding.eot_token})  # fmt: skip
     row = {"step": step, "kind": "eval", "task": cfg.eval_task or cfg.task, **summarize(samples, n),
            "too_long": n - len(pairs), "seconds": seconds,
            "mean_length": sum(s["length"] for s in samples) / max(1, len(samples)),
@@ -516,7 +614,9 @@ def write_samples(path: Path, samples: list[dict]) -> None:
 
 
 def draw(folder: Path, rows: list[dict]) -> None:
-    """echo.png: above pass@1, maj@k and pass@k against steps; below the shares of the formats, stacked."""
+    """echo.png: above pass@1, maj@k and pass@k against steps; below the shares of the formats,
+    stacked.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -524,16 +624,26 @@ def draw(folder: Path, rows: list[dict]) -> None:
 
     steps, k = [row["step"] for row in rows], rows[0]["k"]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
-    for name, label in (("pass@k", f"pass@{k}"), ("maj@k", f"maj@{k}"), ("pass@1", "pass@1 (greedy)")):
+    for name, label in (
+        ("pass@k", f"pass@{k}"),
+        ("maj@k", f"maj@{k}"),
+        ("pass@1", "pass@1 (greedy)"),
+    ):
         if name in rows[0]:
             top.plot(steps, [row[name] for row in rows], marker="o", label=label)
-    top.set(ylabel="share of questions", ylim=(0, 1), title=f"{rows[0]['task']}, {rows[0]['n']} questions")
+    top.set(
+        ylabel="share of questions",
+        ylim=(0, 1),
+        title=f"{rows[0]['task']}, {rows[0]['n']} questions",
+    )
     top.legend()
     group = "sampled_formats" if k else "formats"
     stacks = [[row[group][name]["share"] for row in rows] for name in FORMATS]
     bottom.stackplot(steps, *stacks, labels=FORMATS)
     kind = "samples" if k else "greedy completions"
-    bottom.set(ylabel=f"share of {kind}", xlabel="RL step", ylim=(0, 1), xlim=(0, max(1, steps[-1])))
+    bottom.set(
+        ylabel=f"share of {kind}", xlabel="RL step", ylim=(0, 1), xlim=(0, max(1, steps[-1]))
+    )
     bottom.legend(loc="lower left")
     figure.savefig(folder / "echo.png.tmp", format="png", dpi=120)
     plt.close(figure)
@@ -545,18 +655,25 @@ def draw(folder: Path, rows: list[dict]) -> None:
 
 def check(cfg: Config) -> None:
     """Raises UserError on settings that cannot work, before anything is loaded."""
-    require_positive(cfg, "prompts_per_step", "group_size", "max_new_tokens", "temperature", "top_p", "minibatch_size",
-                     "micro_batch_size", "epochs", "learning_rate", "critic_learning_rate", "max_steps",
-                     "eval_every", "sample_batch_size", "save_every", "log_every")  # fmt: skip
+    require_positive(cfg, "prompts_per_step", "group_size", "max_new_tokens", "temperature",
+                     "top_p", "minibatch_size", "micro_batch_size", "epochs", "learning_rate",
+                     "critic_learning_rate", "max_steps", "eval_every", "sample_batch_size",
+                     "save_every", "log_every")  # fmt: skip
     if cfg.algo == "grpo" and cfg.group_size < 2:
         raise UserError("--group_size=1 gives grpo nothing to compare: use 2 or more")
     if cfg.algo in ("ppo", "grpo") and cfg.top_p != 1:
-        raise UserError(f"--top_p={cfg.top_p}: {cfg.algo} trains the untruncated distribution, so it must "
-                        "sample from it: use --top_p=1")  # fmt: skip
-    if min(cfg.kl_coef, cfg.eval_k, cfg.eval_temperature) < 0 or not 0 < cfg.eval_top_p <= 1 or cfg.top_p > 1:
-        raise UserError("kl_coef, eval_k and eval_temperature must be 0 or more, top_p and eval_top_p in (0, 1]")
+        raise UserError(f"--top_p={cfg.top_p}: {cfg.algo} trains the untruncated distribution, so "
+                        "it must sample from it: use --top_p=1")  # fmt: skip
+    if (
+        min(cfg.kl_coef, cfg.eval_k, cfg.eval_temperature) < 0
+        or not 0 < cfg.eval_top_p <= 1
+        or cfg.top_p > 1
+    ):
+        raise UserError(
+            "kl_coef, eval_k and eval_temperature must be 0 or more, top_p and eval_top_p in (0, 1]"
+        )
     try:
-        import matplotlib  # noqa: F401  draws echo.png: better missed now than at the first evaluation
+        import matplotlib  # noqa: F401  for echo.png: better missed now than later
     except ImportError:
         raise UserError("echo.png needs matplotlib: pip install -r requirements.txt") from None
 
@@ -564,7 +681,9 @@ def check(cfg: Config) -> None:
 def load_tasks(cfg: Config) -> tuple[list[Question], list[Question]]:
     """The questions to learn from (none for eval) and to evaluate on."""
     if cfg.algo == "eval":
-        return [], load_questions(cfg.eval_task or cfg.task, "test", cfg.hub, cfg.eval_questions or cfg.questions)
+        return [], load_questions(
+            cfg.eval_task or cfg.task, "test", cfg.hub, cfg.eval_questions or cfg.questions
+        )
     train = load_questions(cfg.task, "train", cfg.hub, cfg.questions)
     if cfg.questions and not cfg.eval_task and not cfg.eval_questions:
         held = min(256, max(1, len(train) // 10))
@@ -581,12 +700,14 @@ def main(cfg: Config) -> dict:
     """Trains for max_steps rollouts (or only evaluates); returns the last evaluation row."""
     check(cfg)
     evaluates = cfg.algo == "eval"
-    cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or f"out/eval-{cfg.eval_task or cfg.task}" if evaluates
-                              else cfg.out_dir or f"out/{cfg.algo}")  # fmt: skip
+    name = f"eval-{cfg.eval_task or cfg.task}" if evaluates else cfg.algo
+    cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or f"out/{name}")
     processes, stop, folder = setup_distributed(cfg.device), StopSignal(), Path(cfg.out_dir)
     device, total = processes.device, 0 if evaluates else cfg.max_steps
     # on a CPU, bfloat16 autocast would convert every weight again at each token
-    context = autocast("float32" if cfg.dtype == "auto" and device.type == "cpu" else cfg.dtype, device)
+    context = autocast(
+        "float32" if cfg.dtype == "auto" and device.type == "cpu" else cfg.dtype, device
+    )
     train_set, test_set = load_tasks(cfg)
     base_file = folder / "step_000000.pt"  # the base as this run first saw it
     begun = base_file.exists() and not cfg.overwrite
@@ -595,15 +716,20 @@ def main(cfg: Config) -> dict:
     train_pairs = fitting(train_set, encoding, context_size, cfg.max_new_tokens)
     test_pairs = fitting(test_set, encoding, context_size, cfg.max_new_tokens)
     if not test_pairs or not (train_pairs or evaluates):
-        raise UserError(f"no question fits: a context of {context_size} tokens less --max_new_tokens="
-                        f"{cfg.max_new_tokens} is too little, lower it or pretrain with a longer --context")  # fmt: skip
+        raise UserError(f"no question fits: a context of {context_size} tokens less "
+                        f"--max_new_tokens={cfg.max_new_tokens} is too little, lower it or pretrain "
+                        "with a longer --context")  # fmt: skip
     step, state = 0, open_run(cfg, processes)
     if processes.rank == 0 and not base_file.exists():
         save_checkpoint(base_file, model_state(base, tokenizer))
 
     model, reference = copy.deepcopy(base), Policy(base, cfg.temperature).requires_grad_(False)
     policy = Trainer(Policy(model, cfg.temperature), cfg.learning_rate, cfg, processes)
-    critic = Trainer(Critic(base), cfg.critic_learning_rate, cfg, processes) if cfg.algo == "ppo" else None
+    critic = (
+        Trainer(Critic(base), cfg.critic_learning_rate, cfg, processes)
+        if cfg.algo == "ppo"
+        else None
+    )
     if state:
         step = state["step"]
         model.load_state_dict(state["model"])
@@ -615,8 +741,8 @@ def main(cfg: Config) -> dict:
     log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
     for name, whole, kept in (("train", train_set, train_pairs), ("test", test_set, test_pairs)):
         if len(kept) < len(whole):
-            log.say(f"{len(whole) - len(kept)} of {len(whole)} {name} questions are too long for the context of "
-                    f"{context_size} less {cfg.max_new_tokens} tokens: passed over"
+            log.say(f"{len(whole) - len(kept)} of {len(whole)} {name} questions are too long for "
+                    f"the context of {context_size} less {cfg.max_new_tokens} tokens: passed over"
                     + (", and counted as wrong" if name == "test" else ""))  # fmt: skip
     finished = bool(evaluations) and evaluations[-1]["step"] == total == step
     if finished:
@@ -628,20 +754,26 @@ def main(cfg: Config) -> dict:
     def save() -> None:
         if processes.rank == 0:
             save_checkpoint(folder / "ckpt.pt", {
-                **model_state(model, tokenizer), "optimizer": policy.optimizer.state_dict(), "step": step,
+                **model_state(model, tokenizer), "step": step,
+                "optimizer": policy.optimizer.state_dict(),
                 "critic": critic and critic.module.state_dict(), "config": dataclasses.asdict(cfg),
                 "critic_optimizer": critic and critic.optimizer.state_dict(),
                 "evaluations": evaluations, "metrics_size": log.size(),
             })  # fmt: skip
 
     while not finished:
-        if (step % cfg.eval_every == 0 or step == total) and (not evaluations or evaluations[-1]["step"] < step):
+        if (step % cfg.eval_every == 0 or step == total) and (
+            not evaluations or evaluations[-1]["step"] < step
+        ):
             with context:
-                row, samples = evaluate(model, test_pairs, len(test_set), step, cfg, encoding, processes)
+                row, samples = evaluate(
+                    model, test_pairs, len(test_set), step, cfg, encoding, processes
+                )
             evaluations = [*evaluations, row]
             log.write(row)
-            log.say(f"step {step} evaluation: pass@1 {row['pass@1']:.1%}, greedy shares "
-                    + ", ".join(f"{name} {part['share']:.0%}" for name, part in row["formats"].items()))  # fmt: skip
+            shares = (f"{name} {part['share']:.0%}" for name, part in row["formats"].items())
+            log.say(f"step {step} evaluation: pass@1 {row['pass@1']:.1%}, greedy "
+                    + ", ".join(shares))  # fmt: skip
             if processes.rank == 0:
                 write_samples(folder / f"samples_{step:06d}.jsonl", samples)
                 draw(folder, evaluations)
@@ -652,7 +784,9 @@ def main(cfg: Config) -> dict:
         groups = [train_pairs[i] for i in picked for _ in range(cfg.group_size)]
         seconds = {"sample": 0.0, "verify": 0.0}
         with context:
-            rollout = roll_out(model, groups, (cfg.seed, "rollout", step), cfg, False, encoding, processes, seconds)
+            rollout = roll_out(
+                model, groups, (cfg.seed, "rollout", step), cfg, False, encoding, processes, seconds
+            )
         learning = time.perf_counter()
         if restarts(cfg):
             model.load_state_dict(base.state_dict())
@@ -662,8 +796,8 @@ def main(cfg: Config) -> dict:
         step += 1
         log.bar.update()
         if step % cfg.log_every == 0 or step == total:
-            log.write({"step": step, "kind": "train", **describe_rollout(rollout, cfg, encoding.eot_token), **metrics,
-                       "seconds": seconds})  # fmt: skip
+            described = describe_rollout(rollout, cfg, encoding.eot_token)
+            log.write({"step": step, "kind": "train", **described, **metrics, "seconds": seconds})
         if step in snapshot_steps(total) and processes.rank == 0:
             save_checkpoint(folder / f"step_{step:06d}.pt", model_state(model, tokenizer))
         stopping = stop.agreed(processes)
@@ -675,8 +809,8 @@ def main(cfg: Config) -> dict:
             return evaluations[-1]
     log.close()
     first, last = evaluations[0], evaluations[-1]
-    log.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; {folder}/echo.png"
-            f" ({time.perf_counter() - started:.0f} s)\n")  # fmt: skip
+    log.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; "
+            f"{folder}/echo.png ({time.perf_counter() - started:.0f} s)\n")  # fmt: skip
     log.say(table({f"step {row['step']}": row for row in (first, last)}))
     dist.barrier()
     return last

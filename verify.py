@@ -1,13 +1,14 @@
-"""Scores completions against gold answers: which format, which answer, right or wrong, and why not.
+"""Scores completions against gold answers: which format, which answer, right or wrong, and why
+not.
 
     score("...\\\\boxed{18}", "18") -> Score(reward=1.0, format="text", answer="18", failure=None)
-    python verify.py FILE.jsonl     scores completions made by any system (fields completion and gold)
+    python verify.py FILE.jsonl     scores the completions of any system (fields completion, gold)
 
-Code that a model wrote runs in other processes: servers started by exec with an empty environment, which fork
-a child for each handful of programs; the child has limits on memory, files and processes, its programs pass a
-check of their syntax tree and see few builtins, and it is killed from outside when a program takes too long.
-NOT covered: no system-call filter and no network namespace stand behind these walls, and macOS ignores the
-limit on memory.
+Code that a model wrote runs in other processes: servers started by exec with an empty
+environment, which fork a child for each handful of programs; the child has limits on memory,
+files and processes, its programs pass a check of their syntax tree and see few builtins, and it
+is killed from outside when a program takes too long. NOT covered: no system-call filter and no
+network namespace stand behind these walls, and macOS ignores the limit on memory.
 """
 
 import ast
@@ -62,7 +63,9 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 
 def cut_program(completion: str) -> str:
-    """The lines of a program with functions: from the first statement up to the prose behind the last of them."""
+    """The lines of a program with functions: from the first statement up to the prose behind the
+    last of them.
+    """
     code_line = re.compile(r"(?:def|import|from|@|#|\w+ *=|print\(|\s|$)")
     lines = completion.split("\n")
     start = next(i for i, line in enumerate(lines) if re.match(r"(?:def|import|from) ", line))
@@ -73,7 +76,9 @@ def cut_program(completion: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} of a text holds, braces nested; None where there is none or it is not closed."""
+    """What the last \\boxed{...} of a text holds, braces nested; None where there is none or it
+    is not closed.
+    """
     start = text.rfind("\\boxed{")
     depth = 0
     for i in range(start + 6, len(text) if start >= 0 else 0):
@@ -84,7 +89,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def prose_answer(text: str) -> str | None:
-    """The answer that prose states: the last box, else what follows "####", else "The answer is"."""
+    """The answer that prose states: the last box, else "####", else "The answer is"."""
     if (boxed := last_boxed(text)) is not None:
         return boxed
     stated = re.findall(r"(?:####|[Tt]he answer is:?) *(\S[^\n]*?)\.?(?=\n|$)", text)
@@ -95,7 +100,9 @@ def prose_answer(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """An answer without what does not change its meaning: spacing, currency, percent, degrees, "x ="."""
+    """An answer without what does not change its meaning: spacing, currency, percent, degrees, "x
+    =".
+    """
     text = answer[:LONGEST_ANSWER].strip()
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right|,|!|;|:)|\\?[$%]|\^\{?\\circ\}?|~", "", text)
@@ -107,7 +114,9 @@ def normalize(answer: str) -> str:
 
 
 def rational(text: str) -> Fraction | None:
-    """The exact value of a normalised integer, decimal, a/b or \\frac{a}{b}, units behind it; else None."""
+    """The exact value of a normalised integer, decimal, a/b or \\frac{a}{b}, units behind it;
+    else None.
+    """
     number = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
     if match := re.fullmatch(rf"({number})(?: *[a-zA-Z]+)*", text):
         return Fraction(match[1])
@@ -130,7 +139,7 @@ def equal(prediction: str, gold: str) -> bool:
     return canonical(prediction) == canonical(gold)
 
 
-# ---------------------------------------------------------------- running programs: the server's side
+# ------------------------------------------------------------ running programs: the server's side
 
 
 class Blocked(Exception):
@@ -141,39 +150,56 @@ def screen(tree: ast.AST) -> None:
     """Raises Blocked where a program reaches for what arithmetic does not need."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
+            )
             if any(name not in MODULES for name in names):
                 raise Blocked(f"import of {', '.join(names)}")
-        elif isinstance(node, ast.Attribute) and (node.attr.startswith("_") or not isinstance(node.ctx, ast.Load)):
+        elif isinstance(node, ast.Attribute) and (
+            node.attr.startswith("_") or not isinstance(node.ctx, ast.Load)
+        ):
             raise Blocked(f"attribute {node.attr}")
         elif isinstance(node, ast.Name) and (node.id.startswith("__") or node.id in FORBIDDEN):
             raise Blocked(f"name {node.id}")
 
 
-ALLOWED = """abs all any ascii bin bool chr complex dict divmod enumerate filter float format frozenset hash hex int
-    isinstance issubclass iter len list map max min next oct ord pow print range repr reversed round set slice
-    sorted str sum tuple zip True False None ArithmeticError AssertionError Exception IndexError KeyError
-    StopIteration TypeError ValueError ZeroDivisionError __build_class__""".split()
+ALLOWED = """abs all any ascii bin bool chr complex dict divmod enumerate filter float format
+    frozenset hash hex int isinstance issubclass iter len list map max min next oct ord pow print
+    range repr reversed round set slice sorted str sum tuple zip True False None ArithmeticError
+    AssertionError Exception IndexError KeyError StopIteration TypeError ValueError
+    ZeroDivisionError __build_class__""".split()
 FORBIDDEN = set(dir(builtins)) - set(ALLOWED)
 
 
 def run_program(source: str, is_block: bool) -> tuple[str, str | None]:
-    """(failure or "", answer) of a program: a function's result, or a block's last expression or print."""
+    """(failure or "", answer) of a program: a function's result, or a block's last expression or
+    print.
+    """
     printed = []
     safe = {name: getattr(builtins, name) for name in ALLOWED}
-    safe["__import__"] = lambda name, *rest: importlib.import_module(name)  # screened, and loaded already
+    safe["__import__"] = lambda name, *rest: importlib.import_module(
+        name
+    )  # screened, and loaded already
     safe["print"] = lambda *values, **rest: printed.__setitem__(slice(None), values)
     namespace = {"__builtins__": safe, "__name__": "program"}
     try:
         tree = ast.parse(source)
         screen(tree)
-        last = tree.body.pop() if is_block and tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        last = (
+            tree.body.pop()
+            if is_block and tree.body and isinstance(tree.body[-1], ast.Expr)
+            else None
+        )
         exec(compile(tree, "program", "exec"), namespace)
         if last is not None:
             value = eval(compile(ast.Expression(last.value), "program", "eval"), namespace)
         elif not is_block:
             functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-            value = namespace["simple_math_problem" if "simple_math_problem" in functions else functions[-1]]()
+            value = namespace[
+                "simple_math_problem" if "simple_math_problem" in functions else functions[-1]
+            ]()
         if is_block and (last is None or value is None):
             value = printed[-1] if printed else None
         return "", plain(value)
@@ -184,7 +210,9 @@ def run_program(source: str, is_block: bool) -> tuple[str, str | None]:
 
 
 def plain(value) -> str | None:
-    """A value of an exact built-in type as a string: no method of a class of the program's own is called."""
+    """A value of an exact built-in type as a string: no method of a class of the program's own is
+    called.
+    """
     if value is None:
         return None
     if type(value) is float:
@@ -210,7 +238,9 @@ def child(programs: list, out: int) -> None:
 
 
 def run_programs(programs: list) -> list:
-    """The results of programs. One that takes too long, or kills its child, fails alone: the rest goes on."""
+    """The results of programs. One that takes too long, or kills its child, fails alone: the rest
+    goes on.
+    """
     results = []
     while len(results) < len(programs):
         read, write = os.pipe()
@@ -230,7 +260,9 @@ def run_programs(programs: list) -> list:
 
 
 def collect(read: int, programs: list, results: list) -> str:
-    """Appends lines from a child to results until all are there, it died ("error") or it is late ("timeout")."""
+    """Appends lines from a child to results until all are there, it died ("error") or it is late
+    ("timeout").
+    """
     rest = b""
     while len(results) < len(programs):
         if not select.select([read], [], [], TIME_LIMIT)[0]:
@@ -245,7 +277,11 @@ def collect(read: int, programs: list, results: list) -> str:
 
 def serve() -> None:
     """A server: answers each line of programs on stdin with a line of results, until stdin ends."""
-    for module in (*MODULES, "resource", "unicodedata"):  # compiling an accented name needs unicodedata
+    for module in (
+        *MODULES,
+        "resource",
+        "unicodedata",
+    ):  # compiling an accented name needs unicodedata
         importlib.import_module(module)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin.buffer:
@@ -254,7 +290,7 @@ def serve() -> None:
         sys.stdout.buffer.flush()
 
 
-# ---------------------------------------------------------------- running programs: the caller's side
+# ------------------------------------------------------------ running programs: the caller's side
 
 
 class Server:
@@ -265,12 +301,15 @@ class Server:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__), "--serve"], cwd=self.folder, env={},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), "--serve"], env={},
+            cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
     def run(self, programs: list) -> list:
-        """The results of programs; a server that breaks is replaced, and they get a second chance."""
+        """The results of programs; a server that breaks is replaced, and they get a second
+        chance.
+        """
         for _ in range(2):
             if self.process is None:
                 self.start()
@@ -303,7 +342,9 @@ class Server:
 
 @lru_cache
 def servers(pid: int) -> queue.Queue:
-    """The idle servers of process `pid`, one for each core of a rank; a fork gets servers of its own."""
+    """The idle servers of process `pid`, one for each core of a rank; a fork gets servers of its
+    own.
+    """
     idle = queue.Queue()
     for _ in range(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))):
         server = Server()
@@ -346,7 +387,9 @@ def score_batch(completions: list[str], golds: list[str]) -> list[Score]:
     scores = []
     for text, gold, (name, code) in zip(completions, golds, split):
         failure, answer = ("", None) if code is None else next(ran) if code else ("error", None)
-        if answer is None and not failure and name != "tinygsm":  # prose, or a block that shows no value
+        if (
+            answer is None and not failure and name != "tinygsm"
+        ):  # prose, or a block that shows no value
             answer = prose_answer(text)
         reward = float(answer is not None and equal(answer, str(gold)))
         failure = failure or (None if reward else "no answer" if answer is None else "wrong")
@@ -355,9 +398,11 @@ def score_batch(completions: list[str], golds: list[str]) -> list[Score]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k).
+    """Probability that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) /
+    C(n, k).
 
-    The unbiased estimator of arXiv 2107.03374, equation 1. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    The unbiased estimator of arXiv 2107.03374, equation 1. Raises ValueError unless 0 <= c <= n
+    and 1 <= k <= n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
@@ -365,7 +410,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def maj_at_k(answers: list[str | None], gold: str) -> float:
-    """1 if the commonest answer is the gold one, else 0. None does not vote; a tie goes to the earliest."""
+    """1 if the commonest answer is the gold one, else 0. None does not vote; a tie goes to the
+    earliest.
+    """
     votes = collections.Counter(canonical(answer) for answer in answers if answer is not None)
     return float(bool(votes) and votes.most_common(1)[0][0] == canonical(gold))
 
@@ -384,8 +431,9 @@ def shares(rows: list[dict]) -> dict:
 def summarize(rows: list[dict], n: int | None = None) -> dict:
     """Metrics of scored rows (id, gold, format, answer, reward, failure, greedy) of n questions.
 
-    Greedy rows give pass@1 and formats; the others sampled_formats, pass@k and maj@k, k of them a question.
-    Questions without rows, such as those too long for the context, count as wrong where n counts them.
+    Greedy rows give pass@1 and formats; the others sampled_formats, pass@k and maj@k, k of them a
+    question. Questions without rows, such as those too long for the context, count as wrong where
+    n counts them.
     """
     greedy = [row for row in rows if row["greedy"]]
     sampled = collections.defaultdict(list)
@@ -394,23 +442,35 @@ def summarize(rows: list[dict], n: int | None = None) -> dict:
             sampled[row["id"]].append(row)
     n = n or len({row["id"] for row in rows})
     k = min(map(len, sampled.values()), default=0)
-    summary = {"n": n, "pass@1": sum(row["reward"] for row in greedy) / n if greedy else None, "k": k}
+    summary = {
+        "n": n,
+        "pass@1": sum(row["reward"] for row in greedy) / n if greedy else None,
+        "k": k,
+    }
     if k:
         correct = [sum(row["reward"] for row in group) for group in sampled.values()]
         draws = [pass_at_k(len(group), int(c), k) for group, c in zip(sampled.values(), correct)]
-        votes = [maj_at_k([row["answer"] for row in group[:k]], group[0]["gold"]) for group in sampled.values()]
+        votes = [
+            maj_at_k([row["answer"] for row in group[:k]], group[0]["gold"])
+            for group in sampled.values()
+        ]
         summary["pass@k"], summary["maj@k"] = sum(draws) / n, sum(votes) / n
         summary["sampled_pass@1"] = sum(c / len(g) for c, g in zip(correct, sampled.values())) / n
     summary["formats"] = shares(greedy)
     summary["sampled_formats"] = shares([row for group in sampled.values() for row in group])
-    summary["failures"] = dict(collections.Counter(row["failure"] for row in rows if row["failure"]))
+    summary["failures"] = dict(
+        collections.Counter(row["failure"] for row in rows if row["failure"])
+    )
     return summary
 
 
 def interval(share: float, n: int) -> tuple[float, float]:
     """95% confidence interval of a share of n independent trials (Wilson 1927)."""
     z = 1.96
-    center, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    center, half = (
+        share + z * z / (2 * n),
+        z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)),
+    )
     return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
 
 
@@ -424,11 +484,13 @@ def table(columns: dict[str, dict]) -> str:
     for group, title in (("formats", "greedy"), ("sampled_formats", "sampled")):
         for name in FORMATS:
             cells = [s[group][name] for s in columns.values()]
-            lines.append([f"{title} {name}: share, accuracy"] + [
-                f"{c['share']:6.1%}, {'-' if c['accuracy'] is None else format(c['accuracy'], '.1%'):>6}"
-                for c in cells])  # fmt: skip
+            shown = ["-" if c["accuracy"] is None else f"{c['accuracy']:.1%}" for c in cells]
+            parts = [f"{c['share']:6.1%}, {accuracy:>6}" for c, accuracy in zip(cells, shown)]
+            lines.append([f"{title} {name}: share, accuracy", *parts])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
+    )
 
 
 def percent(value: float | None, n: int) -> str:
@@ -442,7 +504,9 @@ def percent(value: float | None, n: int) -> str:
 
 
 def read_completions(file: str) -> tuple[list[dict], list[str]]:
-    """The rows of a .jsonl file that hold a completion and a gold, and a complaint for each line that does not."""
+    """The rows of a .jsonl file that hold a completion and a gold, and a complaint for each line
+    that does not.
+    """
     rows, bad = [], []
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -456,16 +520,22 @@ def read_completions(file: str) -> tuple[list[dict], list[str]]:
 
 def main(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: python verify.py FILE.jsonl, a JSON object a line with completion and gold, and if there "
-              "are several completions of a question its id or question", file=sys.stderr)  # fmt: skip
+        print("usage: python verify.py FILE.jsonl, a JSON object a line with completion and gold, "
+              "and its id or question if there are several of one", file=sys.stderr)  # fmt: skip
         return 2
     try:
         rows, bad = read_completions(argv[0])
     except OSError as error:
-        print(f"verify.py: {argv[0]} cannot be read ({error.strerror}): name a .jsonl file", file=sys.stderr)
+        print(
+            f"verify.py: {argv[0]} cannot be read ({error.strerror}): name a .jsonl file",
+            file=sys.stderr,
+        )
         return 2
     if not rows:
-        print(f"verify.py: {argv[0]} holds no completion: each line needs completion and gold", file=sys.stderr)
+        print(
+            f"verify.py: {argv[0]} holds no completion: each line needs completion and gold",
+            file=sys.stderr,
+        )
         return 2
     scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
     for i, (row, result) in enumerate(zip(rows, scores)):
@@ -475,7 +545,9 @@ def main(argv: list[str]) -> int:
     summary = summarize(rows)
     print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
     print(table({"": summary}))
-    print("failures:", ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items()) or "none")
+    print(
+        "failures:", ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items()) or "none"
+    )
     if bad:
         print(f"{len(bad)} lines passed over:", *bad[:10], sep="\n  ")
     return 0

@@ -1,7 +1,9 @@
-"""A mixture of token files, as fixed batches of blocks: a pure function of its arguments and the step.
+"""A mixture of token files, as fixed batches of blocks: a pure function of its arguments and the
+step.
 
-`toy-tinygsm:4,toy-omi1` counts passes, the study's way. `toy-tinygsm:30%,toy-omi1:70%` with a token budget
-fixes shares instead, so that the mixture and the amount of training are separate knobs.
+`toy-tinygsm:4,toy-omi1` counts passes, the study's way. `toy-tinygsm:30%,toy-omi1:70%` with a
+token budget fixes shares instead, so that the mixture and the amount of training are separate
+knobs.
 """
 
 import hashlib
@@ -20,18 +22,24 @@ def parse_mix(mix: str) -> tuple[dict[str, float], bool]:
         try:
             amounts[name] = float(amount.rstrip("%") or 1) / (100 if amount.endswith("%") else 1)
         except ValueError:
-            raise UserError(f"--mix: {entry!r} should read NAME, NAME:PASSES or NAME:PERCENT%") from None
-    if len(amounts) < len(mix.split(",")) or not all(0 <= a < float("inf") for a in amounts.values()):
+            raise UserError(
+                f"--mix: {entry!r} should read NAME, NAME:PASSES or NAME:PERCENT%"
+            ) from None
+    if len(amounts) < len(mix.split(",")) or not all(
+        0 <= a < float("inf") for a in amounts.values()
+    ):
         raise UserError(f"--mix={mix}: name each corpus once, with an amount of 0 or more")
     if len(percents) > 1:
         raise UserError(f"--mix={mix}: give passes to all corpora or percents to all, not both")
     if percents == {True} and abs(sum(amounts.values()) - 1) > 1e-9:
-        raise UserError(f"--mix={mix}: the percents sum to {100 * sum(amounts.values()):g}, not to 100")
+        raise UserError(
+            f"--mix={mix}: the percents sum to {100 * sum(amounts.values()):g}, not to 100"
+        )
     return amounts, percents == {True}
 
 
 def count_blocks(amounts: dict, shares: bool, available: dict, budget: int) -> dict[str, int]:
-    """Blocks to take of each corpus: passes x available, or `budget` split by largest remainders."""
+    """Blocks to take of each corpus: passes x available, or shares of `budget` to one block."""
     if not shares:
         return {name: round(passes * available[name]) for name, passes in amounts.items()}
     exact = {name: share * budget for name, share in amounts.items()}
@@ -45,11 +53,14 @@ def count_blocks(amounts: dict, shares: bool, available: dict, budget: int) -> d
 class Mixture:
     """Blocks of T + 1 ids (T inputs and their T targets), dealt out in batches of `batch_size`.
 
-    corpora: name -> ids (n,). The last hundredth of each (16 blocks or more) is held out of every mixture.
-    The order of a corpus's blocks depends on seed, name and pass alone: mixtures share prefixes of it.
+    corpora: name -> ids (n,). The last hundredth of each (16 blocks or more) is held out of every
+    mixture. The order of a corpus's blocks depends on seed, name and pass alone: mixtures share
+    prefixes of it.
     """
 
-    def __init__(self, corpora: dict, mix: str, tokens: float, context: int, batch_size: int, seed: int):
+    def __init__(
+        self, corpora: dict, mix: str, tokens: float, context: int, batch_size: int, seed: int
+    ):
         amounts, shares = parse_mix(mix)
         if shares != (tokens > 0):
             raise UserError("--tokens goes with percents in --mix, and percents with --tokens")
@@ -65,14 +76,18 @@ class Mixture:
         self.names = list(amounts)
         total = sum(self.counts.values())
         if total == 0:
-            raise UserError(f"--mix={mix} --tokens={tokens:g} holds not one block of {context} tokens")
+            raise UserError(
+                f"--mix={mix} --tokens={tokens:g} holds not one block of {context} tokens"
+            )
         self.steps = -(-total // batch_size)  # the last batch may be short
         self.label = np.repeat(np.arange(len(amounts), dtype=np.uint8), list(self.counts.values()))
         generator(seed, "order").shuffle(self.label)
         self.block = np.empty(total, dtype=np.uint32)
         for i, name in enumerate(self.names):
             passes = -(-self.counts[name] // self.available[name])
-            order = [generator(seed, name, p).permutation(self.available[name]) for p in range(passes)]
+            order = [
+                generator(seed, name, p).permutation(self.available[name]) for p in range(passes)
+            ]
             self.block[self.label == i] = np.concatenate([np.empty(0), *order])[: self.counts[name]]
 
     def read(self, name: str, block: int) -> np.ndarray:

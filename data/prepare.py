@@ -1,7 +1,8 @@
 """Turns a corpus into a token file: `python -m data.prepare toy-tinygsm toy-omi1 toy-omi2`.
 
-Writes FOLDER/NAME-TOKENIZER.bin, uint16 ids with an end-of-text token behind every document, and beside it a
-.json with its count, checksum and source. pretrain.py calls it for what is missing, on one rank.
+Writes FOLDER/NAME-TOKENIZER.bin, uint16 ids with an end-of-text token behind every document, and
+beside it a .json with its count, checksum and source. pretrain.py calls it for what is missing,
+on one rank.
 """
 
 import hashlib
@@ -17,7 +18,9 @@ from data import UserError, tokenizer as tokenizers, toy
 
 
 def source_checksum() -> str:
-    """Of the code and the vocabulary that the embedded corpora come from: edit a story, and it is told anew."""
+    """Of the code and the vocabulary that the embedded corpora come from: edit a story, and it is
+    told anew.
+    """
     files = (Path(toy.__file__), Path(tokenizers.__file__), tokenizers.TOY_RANKS)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
@@ -32,7 +35,11 @@ def prepare(name: str, tokenizer: str, folder: str | Path) -> Path:
         return path
     encoding = tokenizers.get_tokenizer(tokenizer)
     documents = tqdm(toy.corpus(name), desc=name, unit=" documents", disable=None, leave=False)
-    ids = [token for text in documents for token in (*encoding.encode_ordinary(text), encoding.eot_token)]
+    ids = [
+        token
+        for text in documents
+        for token in (*encoding.encode_ordinary(text), encoding.eot_token)
+    ]
     content = np.array(ids, dtype=np.uint16).tobytes()  # raises on an id over 65535
     checksum = hashlib.sha256(content).hexdigest()
     meta = {"tokens": len(ids), "sha256": checksum, "tokenizer": tokenizer, "source": source}

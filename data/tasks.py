@@ -1,4 +1,6 @@
-"""Question sets with a verifiable answer: embedded, from the hub, a mirror of it, or a local file."""
+"""Question sets with a verifiable answer: embedded, from the hub, a mirror of it, or a local
+file.
+"""
 
 import itertools
 import json
@@ -8,7 +10,8 @@ from typing import NamedTuple
 from data import UserError, toy
 from verify import last_boxed
 
-HUB = {  # name: (repository, its files for each split); the fields are found by their names, see `row_to_question`
+# name: (repository, its files for each split); `row_to_question` finds the fields by their names
+HUB = {
     "gsm8k": ("openai/gsm8k", {"train": "main/train-*.parquet", "test": "main/test-*.parquet"}),
     "math": ("DigitalLearningGmbH/MATH-lighteval",
              {"train": "data/train-*.parquet", "test": "data/test-*.parquet"}),
@@ -39,16 +42,23 @@ def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list
     if task in TOY_STEPS:
         stream = toy.problems(split, seed=1000, steps=TOY_STEPS[task])  # a seed that no author has
         drawn = itertools.islice(stream, TOY_SIZE[split])
-        return [Question(f"{task}-{split}-{i}", p.question, str(p.values[-1])) for i, p in enumerate(drawn)]
+        return [
+            Question(f"{task}-{split}-{i}", p.question, str(p.values[-1]))
+            for i, p in enumerate(drawn)
+        ]
     repository, files = HUB[task]
     if split not in files:
-        raise UserError(f"task {task} has no {split} questions: choose another, or give --questions=FILE")
+        raise UserError(
+            f"task {task} has no {split} questions: choose another, or give --questions=FILE"
+        )
     rows = hub_rows(repository, files[split], hub)
     return [row_to_question(row, f"{task}-{split}-{i}", repository) for i, row in enumerate(rows)]
 
 
 def hub_rows(repository: str, pattern: str, hub: str):
-    """Rows of a repository's files, read by path with `datasets`, from the hub or a mirror of its layout."""
+    """Rows of a repository's files, read by path with `datasets`, from the hub or a mirror of its
+    layout.
+    """
     from datasets import load_dataset  # here, for it takes seconds to import
 
     kind = {"parquet": "parquet", "jsonl": "json", "csv": "csv"}[pattern.rpartition(".")[2]]
@@ -57,12 +67,14 @@ def hub_rows(repository: str, pattern: str, hub: str):
         return load_dataset(kind, data_files=path, split="train")
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).split("\n")[0][:200]
-        raise UserError(f"{path} could not be read ({reason}): give --hub=DIR, a mirror of the hub's layout, "
-                        f"or --questions=FILE, a json or jsonl file") from None  # fmt: skip
+        raise UserError(f"{path} could not be read ({reason}): give --hub=DIR, a mirror of the "
+                        "hub's layout, or --questions=FILE, json or jsonl") from None  # fmt: skip
 
 
 def read_rows(file: str) -> list[dict]:
-    """Objects of a local .jsonl file, one a line, or of a .json array. Raises UserError naming a bad line."""
+    """Objects of a local .jsonl file, one a line, or of a .json array. Raises UserError naming a
+    bad line.
+    """
     if not Path(file).is_file():
         raise UserError(f"{file} does not exist: --questions takes a json or jsonl file")
     text = Path(file).read_text(encoding="utf-8")
@@ -80,10 +92,16 @@ def read_rows(file: str) -> list[dict]:
 
 
 def row_to_question(row: dict, default_id: str, source: str) -> Question:
-    """Question and gold by the names in use: the answer (behind "####" if there), or the solution's last box."""
+    """Question and gold by the names in use: the answer (behind "####" if there), or the
+    solution's last box.
+    """
     fields = {key.lower(): value for key, value in row.items()}
     question = fields.get("question", fields.get("problem"))
     gold = fields.get("answer", last_boxed(str(fields.get("solution", ""))))
     if question is None or gold is None:
-        raise UserError(f"{source}: {default_id} needs a question (or problem) and an answer (or solution)")
-    return Question(str(fields.get("id", default_id)), question, str(gold).rpartition("####")[2].strip())
+        raise UserError(
+            f"{source}: {default_id} needs a question (or problem) and an answer (or solution)"
+        )
+    return Question(
+        str(fields.get("id", default_id)), question, str(gold).rpartition("####")[2].strip()
+    )

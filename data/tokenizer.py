@@ -1,4 +1,5 @@
-"""Tokenizers, both tiktoken.Encoding: "toy", shipped beside this file, and "gpt2" with single digits.
+"""Tokenizers, both tiktoken.Encoding: "toy", shipped beside this file, and "gpt2" with single
+digits.
 
 `python -m data.tokenizer` trains the toy vocabulary again and writes toy.tiktoken.
 """
@@ -23,14 +24,15 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tikto
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's pattern but for \p{N}, one digit a token: a number is then spelt in one way only.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# In the toy a tag, a LaTeX command, a snake_case name and a number below 100 are one piece each: short
-# sequences, and numbers that a small model copies in one go.
+# In the toy a tag, a LaTeX command, a snake_case name and a number below 100 are one piece each:
+# short sequences, and numbers that a small model copies in one go.
 TOY_PATTERN = r"</?[a-z-]+>| ?\\?[\p{L}_]+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
 TOY_SIZE = 896  # tokens, the end-of-text token included
 
 
 def train_bpe(texts, pattern: str, size: int) -> dict[bytes, int]:
-    """Byte-pair ranks (arXiv 1508.07909): the 256 bytes, then the commonest pair again and again up to `size`.
+    """Byte-pair ranks (arXiv 1508.07909): the 256 bytes, then the commonest pair again and again
+    up to `size`.
 
     Ties go to the smaller pair of byte strings, so the same texts give the same ranks.
     """
@@ -62,16 +64,22 @@ def merge(word: tuple, pair: tuple) -> tuple:
 
 @lru_cache
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The encoding "toy" or "gpt2". Raises UserError on another name, or where GPT-2's ranks cannot be had."""
+    """The encoding "toy" or "gpt2". Raises UserError on another name, or where GPT-2's ranks
+    cannot be had.
+    """
     if name == "toy":
-        lines = TOY_RANKS.read_text().split("\n")[:-1]  # not tiktoken's loader: it would cache the file
+        lines = TOY_RANKS.read_text().split("\n")[
+            :-1
+        ]  # not tiktoken's loader: it would cache the file
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
         pattern = TOY_PATTERN
     elif name == "gpt2":
         ranks, pattern = gpt2_ranks(), GPT2_PATTERN
     else:
         raise UserError(f"unknown tokenizer {name!r}: choose toy or gpt2")
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
+    )
 
 
 def gpt2_ranks() -> dict[bytes, int]:

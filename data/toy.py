@@ -1,8 +1,10 @@
-"""The embedded corpora: grade-school stories that need no network, each solved by three "authors".
+"""The embedded corpora: grade-school stories that need no network, each solved by three
+"authors".
 
-A problem is a chain: a start and one to three operations on it (`toy-hard`: four to six), told by one of eight
-story families. The authors write in the formats of the corpora that they stand for: toy-tinygsm a Python
-function, toy-omi1 an <llm-code> block with its output, toy-omi2 prose. Everything is a function of its seed.
+A problem is a chain: a start and one to three operations on it (`toy-hard`: four to six), told by
+one of eight story families. The authors write in the formats of the corpora that they stand for:
+toy-tinygsm a Python function, toy-omi1 an <llm-code> block with its output, toy-omi2 prose.
+Everything is a function of its seed.
 """
 
 import itertools
@@ -10,12 +12,14 @@ import random
 import zlib
 from typing import Iterator, NamedTuple
 
-# A family: the noun that is counted, how the story starts, a sentence for each operation, what is asked.
+# A family: the noun that is counted, how the story starts, a sentence for each operation, what is
+# asked.
 FAMILIES = (
     ("apples", "{name} has {n} apples.", "{name} picks {n} more.", "{name} eats {n}.",
      "A friend brings {n} times as many.", "Only 1 in {n} is ripe.", "How many apples are left?"),
     ("dollars", "{name} saves {n} dollars.", "{name} earns {n} more.", "A toy costs {n}.",
-     "A bank makes it {n} times as much.", "It is split by {n} friends.", "How many dollars are left?"),
+     "A bank makes it {n} times as much.", "It is split by {n} friends.",
+     "How many dollars are left?"),
     ("pages", "{name} has to read {n} pages.", "The teacher adds {n}.", "{name} skips {n}.",
      "A new book is {n} times as long.", "It is read in {n} days.", "How many pages are read?"),
     ("eggs", "{name} finds {n} eggs.", "The hens lay {n} more.", "A fox takes {n}.",
@@ -32,8 +36,9 @@ FAMILIES = (
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kim", "Leo")
 LARGEST = 99  # no intermediate value exceeds it
 AUTHORS = ("toy-tinygsm", "toy-omi1", "toy-omi2")
-# Share of an author's documents in which a number is misread, so that the formats differ in accuracy by design.
-SLIPS = {"toy-tinygsm": 0.0, "toy-omi1": 0.2, "toy-omi2": 0.3}
+# Share of an author's documents in which a number is misread, so that the formats differ in
+# accuracy by design.
+SLIPS = {"toy-tinygsm": 0.0, "toy-omi1": 0.4, "toy-omi2": 0.5}
 
 
 class Problem(NamedTuple):
@@ -82,15 +87,20 @@ def misread(problem: Problem, rng: random.Random) -> Problem:
 
 
 def is_test(chain: tuple) -> bool:
-    """Whether a chain is kept for testing: by its arithmetic alone, so no other wording of it is trained on."""
+    """Whether a chain is kept for testing: by its arithmetic alone, so no other wording of it is
+    trained on.
+    """
     return zlib.crc32(repr(chain).encode()) % 8 == 0
 
 
 def problems(split: str, seed: int, steps: tuple[int, int] = (1, 3)) -> Iterator[Problem]:
-    """An endless stream of problems of a split, "train" or "test", of steps[0] to steps[1] steps, mostly few."""
+    """An endless stream of problems of a split, "train" or "test", of steps[0] to steps[1] steps.
+
+    Each further step is half as frequent.
+    """
     rng, lengths = random.Random(f"{split} {seed} {steps}"), range(steps[0], steps[1] + 1)
     while True:
-        chain = draw_chain(rng, rng.choices(lengths, weights=range(len(lengths), 0, -1))[0])
+        chain = draw_chain(rng, rng.choices(lengths, weights=[2.0**-n for n in lengths])[0])
         noun, *sentences, ask = rng.choice(FAMILIES)
         name = rng.choice(NAMES)
         if is_test(chain) == (split == "test"):
@@ -106,32 +116,39 @@ def write_code(problem: Problem) -> list[str]:
 
 
 def write_tinygsm(problem: Problem, rng: random.Random) -> str:
-    """A function that returns the answer, three times in ten with the question as its docstring."""
-    docstring = ['"""', problem.question, '"""'] if rng.random() < 0.3 else []
+    """A function that returns the answer, one time in four with the question as its docstring."""
+    docstring = ['"""', problem.question, '"""'] if rng.random() < 0.25 else []
     body = (*docstring, *write_code(problem), f"result = {problem.noun}", "return result")
     return "\n    ".join(("def simple_math_problem() -> int:", *body))
 
 
 def write_omi1(problem: Problem, rng: random.Random) -> str:
-    """An <llm-code> block that ends in the expression to print, its output, and a closing sentence."""
+    """An <llm-code> block that ends in the expression to print, its output, and a closing
+    sentence.
+    """
     opening = rng.choice(("Let's solve this problem using Python code.\n", ""))
     code = "\n".join((*write_code(problem), problem.noun))
     answer = problem.values[-1]
-    return (f"{opening}<llm-code>\n{code}\n</llm-code>\n<llm-code-output>\n{answer}\n</llm-code-output>\n"
-            f"So the answer is \\boxed{{{answer}}} {problem.noun}.")  # fmt: skip
+    return (
+        f"{opening}<llm-code>\n{code}\n</llm-code>\n"
+        f"<llm-code-output>\n{answer}\n</llm-code-output>\n"
+        f"So the answer is \\boxed{{{answer}}} {problem.noun}."
+    )
 
 
 def write_omi2(problem: Problem, rng: random.Random) -> str:
     """Prose that computes one step at a time and boxes the answer."""
     signs = {"+": "+", "-": "-", "*": "\\times", "/": "\\div"}
     before, after = problem.values, problem.values[1:]
-    steps = [f"{rng.choice(('Then', 'Next', 'Now'))} we get {a} {signs[op]} {n} = {b}."
-             for a, (op, n), b in zip(before, problem.chain[1:], after)]  # fmt: skip
+    steps = [
+        f"{rng.choice(('Then', 'Next', 'Now'))} we get {a} {signs[op]} {n} = {b}."
+        for a, (op, n), b in zip(before, problem.chain[1:], after)
+    ]
     opening = f"We start with {problem.values[0]} {problem.noun}."
     return " ".join((opening, *steps, f"The answer is \\boxed{{{after[-1]}}}."))
 
 
-def corpus(name: str, documents: int = 14000) -> Iterator[str]:
+def corpus(name: str, documents: int = 21000) -> Iterator[str]:
     """The documents of toy-tinygsm, toy-omi1 or toy-omi2: question, blank line, solution."""
     write = dict(zip(AUTHORS, (write_tinygsm, write_omi1, write_omi2)))[name]
     rng = random.Random(name)

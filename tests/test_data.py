@@ -48,7 +48,7 @@ def test_every_author_is_right_and_recognised(write, name, steps):
 
 def test_tinygsm_comes_with_and_without_a_docstring():
     documents = list(itertools.islice(toy.corpus("toy-tinygsm"), 500))
-    assert 0.2 < sum('"""' in text for text in documents) / 500 < 0.4
+    assert 0.15 < sum('"""' in text for text in documents) / 500 < 0.35
 
 
 @pytest.mark.parametrize("name", toy.AUTHORS)
@@ -59,7 +59,9 @@ def test_authors_slip_at_their_known_rates_and_only_there(name):
     scores = score_batch([text.split("\n\n", 1)[1] for text in documents], golds)
     wrong = sum(s.reward == 0 for s in scores) / 1000
     assert {s.failure for s in scores} <= {None, "wrong"}
-    assert toy.SLIPS[name] - 0.08 < wrong < toy.SLIPS[name] + 0.05  # a slip may give the right answer by luck
+    assert (
+        toy.SLIPS[name] - 0.08 < wrong < toy.SLIPS[name] + 0.05
+    )  # a slip may give the right answer by luck
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -78,12 +80,17 @@ def test_bpe_joins_the_commonest_pair_first():
     assert tokenizer.merge((b"a", b"a", b"a"), (b"a", b"a")) == (b"aa", b"a")
 
 
-@pytest.mark.parametrize("text", ["Ann has 12 apples.", "naïve 北京 🙂\n\n\t\\frac{1}{2}", "def f():\n    return 1234"])
+@pytest.mark.parametrize(
+    "text", ["Ann has 12 apples.", "naïve 北京 🙂\n\n\t\\frac{1}{2}", "def f():\n    return 1234"]
+)
 def test_the_toy_tokenizer_spells_any_text_and_splits_numbers(text):
     encoding = get_tokenizer("toy")
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert [encoding.decode([i]) for i in encoding.encode_ordinary("x 1234")] == ["x", " 12", "34"]
-    assert encoding.eot_token == encoding.n_vocab - 1 and encoding.encode_ordinary(EOT)[0] != encoding.eot_token
+    assert (
+        encoding.eot_token == encoding.n_vocab - 1
+        and encoding.encode_ordinary(EOT)[0] != encoding.eot_token
+    )
 
 
 def test_gpt2_has_its_ranks_and_single_digits(shared, tmp_path, monkeypatch):
@@ -95,7 +102,13 @@ def test_gpt2_has_its_ranks_and_single_digits(shared, tmp_path, monkeypatch):
     encoding = get_tokenizer.__wrapped__("gpt2")
     assert encoding.n_vocab == 50257 and encoding.eot_token == 50256
     assert encoding.encode_ordinary("Hello world") == [15496, 995]
-    assert [encoding.decode([i]) for i in encoding.encode_ordinary("x 123")] == ["x", " ", "1", "2", "3"]
+    assert [encoding.decode([i]) for i in encoding.encode_ordinary("x 123")] == [
+        "x",
+        " ",
+        "1",
+        "2",
+        "3",
+    ]
 
 
 def test_a_missing_gpt2_vocabulary_names_the_file_to_save(tmp_path, monkeypatch):
@@ -115,7 +128,10 @@ def test_a_token_file_holds_the_documents_each_with_its_end(tmp_path):
     path = prepare.prepare("toy-omi1", "toy", tmp_path)
     encoding = get_tokenizer("toy")
     documents = encoding.decode(prepare.read_tokens(path)[:5000].tolist()).split(EOT)[:-1]
-    assert documents == list(itertools.islice(toy.corpus("toy-omi1"), len(documents))) and len(documents) > 30
+    assert (
+        documents == list(itertools.islice(toy.corpus("toy-omi1"), len(documents)))
+        and len(documents) > 30
+    )
     written = path.stat().st_mtime_ns
     prepare.prepare("toy-omi1", "toy", tmp_path)
     assert path.stat().st_mtime_ns == written  # once is enough
@@ -169,7 +185,11 @@ def test_passes_are_exact_and_each_pass_holds_every_block_once():
     seen = read(mixture("a:2,b:1,c:0.5", a=50, b=60, c=80))
     for name, blocks, passes in (("a", 34, 2), ("b", 44, 1), ("c", 64, 0.5)):
         counts = np.bincount([block for n, block in seen if n == name], minlength=blocks)
-        assert len(counts) == blocks and counts.sum() == blocks * passes and counts.max() == max(1, passes)
+        assert (
+            len(counts) == blocks
+            and counts.sum() == blocks * passes
+            and counts.max() == max(1, passes)
+        )
 
 
 @pytest.mark.parametrize("mix", ["a:100%", "a:30%,b:70%", "a:33.3%,b:33.3%,c:33.4%", "a:0%,b:100%"])
@@ -183,7 +203,9 @@ def test_shares_are_exact_to_one_block(mix):
 def test_mixtures_of_one_seed_share_prefixes_of_the_same_block_order():
     small = [b for n, b in read(mixture("a:30%,b:70%", tokens=60 * T, a=60, b=60)) if n == "a"]
     large = [b for n, b in read(mixture("a:90%,b:10%", tokens=60 * T, a=60, b=60)) if n == "a"]
-    other = [b for n, b in read(mixture("a:90%,b:10%", tokens=60 * T, seed=1, a=60, b=60)) if n == "a"]
+    other = [
+        b for n, b in read(mixture("a:90%,b:10%", tokens=60 * T, seed=1, a=60, b=60)) if n == "a"
+    ]
     assert large[: len(small)] == small and other[: len(small)] != small
 
 

@@ -41,8 +41,12 @@ def test_a_ragged_batch_gives_each_prompt_what_it_gets_alone(gpt, temperature, t
 
 
 def test_the_mask_contains_the_first_eos_and_nothing_after_it(gpt):
-    """EOS cut from the training signal means that stopping is never learned; what follows it is no signal."""
-    tokens, mask, logp = generate(gpt, [[i] for i in range(1, 41)], 30, EOS, torch.Generator().manual_seed(0), 2.0)
+    """EOS cut from the training signal means that stopping is never learned; what follows it is
+    no signal.
+    """
+    tokens, mask, logp = generate(
+        gpt, [[i] for i in range(1, 41)], 30, EOS, torch.Generator().manual_seed(0), 2.0
+    )
     ended = [row.tolist().index(EOS) for row in tokens if EOS in row.tolist()]
     assert len(ended) > 10 and min(ended) < 8 and len(ended) < 40  # some end early, and some do not
     for row, kept, values in zip(tokens.tolist(), mask.tolist(), logp):
@@ -52,9 +56,13 @@ def test_the_mask_contains_the_first_eos_and_nothing_after_it(gpt):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_reported_log_probs_are_those_of_the_whole_distribution_at_the_sampling_temperature(gpt, temperature):
+def test_reported_log_probs_are_those_of_the_whole_distribution_at_the_sampling_temperature(
+    gpt, temperature
+):
     prompts = [[5, 6], [7, 8, 9]]
-    tokens, mask, logp = generate(gpt, prompts, 10, EOS, torch.Generator().manual_seed(0), temperature, top_p=0.9)
+    tokens, mask, logp = generate(
+        gpt, prompts, 10, EOS, torch.Generator().manual_seed(0), temperature, top_p=0.9
+    )
     for prompt, row, kept, values in zip(prompts, tokens, mask, logp):
         ids = torch.tensor(prompt + row[kept].tolist())
         for t in range(int(kept.sum())):  # token by token: an index that is off by one would show
@@ -80,7 +88,9 @@ def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends(uniform, to
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1000, 4)
     uniform = torch.linspace(0.001, 1, 1000)
-    drawn = {top_p: set(sample(logits, 1.0, top_p, uniform)[0].tolist()) for top_p in (0.4, 0.6, 0.85)}
+    drawn = {
+        top_p: set(sample(logits, 1.0, top_p, uniform)[0].tolist()) for top_p in (0.4, 0.6, 0.85)
+    }
     assert drawn == {0.4: {0}, 0.6: {0, 1}, 0.85: {0, 1, 2}}
 
 
@@ -111,7 +121,9 @@ def test_attention_depends_on_relative_positions_only(gpt):
 
 def test_the_paper_s_150m_model_has_its_number_of_parameters():
     with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=32_000, context=2048, width=768, layers=12, heads=12, tied=False))
+        model = GPT(
+            GPTConfig(vocab_size=32_000, context=2048, width=768, layers=12, heads=12, tied=False)
+        )
     count = sum(p.numel() for p in model.parameters())
     assert count == 12 * (4 + 3 * 4) * 768**2 + 2 * 32_000 * 768 == 162_398_208
 

@@ -19,13 +19,17 @@ CPU = Processes(0, 1, torch.device("cpu"))
 
 
 def settings(out_dir, data_dir, **changes):
-    return Config(**{**SMALL, "out_dir": str(out_dir), "data_dir": data_dir, "max_steps": 8, **changes})
+    return Config(
+        **{**SMALL, "out_dir": str(out_dir), "data_dir": data_dir, "max_steps": 8, **changes}
+    )
 
 
 def rows(folder) -> list[dict]:
     """The metric rows but for what a clock decides."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
+    ]
 
 
 def weights(folder) -> dict:
@@ -40,9 +44,23 @@ def assert_same_bits(left: dict, right: dict) -> None:
 
 
 def test_flags_take_both_spellings_and_the_types_of_their_fields():
-    argv = ["--learning_rate=0.5", "--batch_size", "32", "--compile=true", "--tied", "false", "--mix=a:2"]
+    argv = [
+        "--learning_rate=0.5",
+        "--batch_size",
+        "32",
+        "--compile=true",
+        "--tied",
+        "false",
+        "--mix=a:2",
+    ]
     cfg = parse_config(Config, pretrain.PRESETS, argv)
-    assert (cfg.learning_rate, cfg.batch_size, cfg.compile, cfg.tied, cfg.mix) == (0.5, 32, True, False, "a:2")
+    assert (cfg.learning_rate, cfg.batch_size, cfg.compile, cfg.tied, cfg.mix) == (
+        0.5,
+        32,
+        True,
+        False,
+        "a:2",
+    )
 
 
 def test_precedence_is_dataclass_then_preset_then_file_then_flags(tmp_path):
@@ -75,7 +93,9 @@ def test_help_prints_every_field_with_its_meaning(capsys):
     printed = capsys.readouterr().out
     assert stopped.value.code == 0
     for field in dataclasses.fields(Config):
-        line = next(line for line in printed.splitlines() if line.strip().startswith(field.name + ":"))
+        line = next(
+            line for line in printed.splitlines() if line.strip().startswith(field.name + ":")
+        )
         assert "  # " in line
 
 
@@ -102,8 +122,14 @@ def test_overwrite_spares_a_folder_that_is_no_run(tmp_path, data_dir):
 
 @pytest.mark.parametrize("argv", [["--batch_size=x"], ["--mix=nothing", "--out_dir=unused"]])
 def test_a_mistake_prints_one_line_and_exits_with_2(argv, tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "pretrain.py", *argv], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and run.stderr.startswith("pretrain.py: ")
+    run = subprocess.run(
+        [sys.executable, ROOT / "pretrain.py", *argv], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (
+        run.returncode == 2
+        and len(run.stderr.splitlines()) == 1
+        and run.stderr.startswith("pretrain.py: ")
+    )
     assert not (tmp_path / "unused").exists()
 
 
@@ -119,11 +145,17 @@ def test_the_learning_rate_is_above_zero_at_the_first_step_and_ends_at_its_floor
 
 def gradient(micro_batch_size: int, processes=CPU) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=30, context=16, width=16, layers=1, heads=2, init_std=0.2)).double()
+    model = GPT(
+        GPTConfig(vocab_size=30, context=16, width=16, layers=1, heads=2, init_std=0.2)
+    ).double()
     blocks = torch.randint(30, (6, 17))
-    blocks[4] = -1  # the padding of a last batch: were it averaged per micro-batch, splits would differ
+    blocks[
+        4
+    ] = -1  # the padding of a last batch: were it averaged per micro-batch, splits would differ
     ddp = torch.nn.parallel.DistributedDataParallel(model)
-    pretrain.accumulate(ddp, blocks, micro_batch_size, 80, torch.autocast("cpu", enabled=False), processes)
+    pretrain.accumulate(
+        ddp, blocks, micro_batch_size, 80, torch.autocast("cpu", enabled=False), processes
+    )
     return [p.grad for p in model.parameters()]
 
 
@@ -137,7 +169,9 @@ def test_the_gradient_is_the_same_for_every_way_to_split_a_batch(micro_batch_siz
 
 def test_the_loss_is_the_cross_entropy_of_each_next_token(gpt):
     ids = torch.randint(50, (2, 9))
-    expected = sum(-gpt(ids[:, :-1])[b, t].log_softmax(-1)[ids[b, t + 1]] for b in range(2) for t in range(8))
+    expected = sum(
+        -gpt(ids[:, :-1])[b, t].log_softmax(-1)[ids[b, t + 1]] for b in range(2) for t in range(8)
+    )
     torch.testing.assert_close(pretrain.next_token_loss(gpt, ids), expected)
 
 
@@ -155,12 +189,20 @@ def test_fp32_master_weights_move_at_a_learning_rate_of_1e_6():
 
 
 def test_the_run_folder_holds_what_the_design_promises(base):
-    assert {p.name for p in Path(base).iterdir()} == {"config.json", "metrics.jsonl", "mixture.json", "ckpt.pt"}
+    assert {p.name for p in Path(base).iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "mixture.json",
+        "ckpt.pt",
+    }
     run = json.loads((Path(base) / "config.json").read_text())["run"]
     assert run.keys() == {"argv", "git_commit", "torch_version", "device", "world_size"}
     found = rows(base)
     assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert set(found[-1]["loss"]) == {"toy-tinygsm", "toy-omi1", "toy-omi2"} and found[-1]["kind"] == "eval"
+    assert (
+        set(found[-1]["loss"]) == {"toy-tinygsm", "toy-omi1", "toy-omi2"}
+        and found[-1]["kind"] == "eval"
+    )
     assert found[-1]["loss"]["toy-omi1"] < found[0]["loss"]  # it learns
     shares = [c["share"] for c in json.loads((Path(base) / "mixture.json").read_text()).values()]
     assert sum(shares) == pytest.approx(1)
@@ -274,5 +316,3 @@ def test_two_gloo_processes_train_as_one(tmp_path, data_dir):
     for left, right in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert left["step"] == right["step"] and left["kind"] == right["kind"]
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
-
-

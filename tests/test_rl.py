@@ -53,8 +53,9 @@ def test_gae_agrees_with_numbers_worked_out_by_hand():
     value = torch.tensor([[0.2, 0.4, 0.6], [0.1, 0.3, 0.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
     advantage, returns = rl.gae(reward, value, mask, gamma=0.9, lam=0.5)
-    # row 0, from its end: 1 - 0.6 = 0.4;  0.9*0.6 - 0.4 + 0.45*0.4 = 0.32;  0.9*0.4 - 0.2 + 0.45*0.32 = 0.304
-    # row 1, from its end: 1 - 0.3 = 0.7;  0.5 + 0.9*0.3 - 0.1 + 0.45*0.7 = 0.985
+    # row 0, from its end: 1 - 0.6 = 0.4;  0.9*0.6 - 0.4 + 0.45*0.4 = 0.32;  0.9*0.4 - 0.2 +
+    # 0.45*0.32 = 0.304 row 1, from its end: 1 - 0.3 = 0.7;  0.5 + 0.9*0.3 - 0.1 + 0.45*0.7 =
+    # 0.985
     torch.testing.assert_close(advantage, torch.tensor([[0.304, 0.32, 0.4], [0.985, 0.7, 0.0]]))
     torch.testing.assert_close(returns, torch.tensor([[0.504, 0.72, 1.0], [1.085, 1.0, 0.0]]))
 
@@ -82,7 +83,9 @@ def test_the_reward_is_on_the_last_token_even_of_a_one_token_answer(length):
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 def test_a_group_of_equal_rewards_has_exactly_no_advantage(value):
     """A standard deviation of zero made NaN, or a million (NeMo-RL#1518)."""
-    advantage = rl.group_advantage(torch.tensor([value] * 8 + [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), 8)
+    advantage = rl.group_advantage(
+        torch.tensor([value] * 8 + [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), 8
+    )
     assert advantage[:8].tolist() == [0.0] * 8
     assert advantage[9] > 0 > advantage[8] and abs(float(advantage.sum())) < 1e-5
     assert float(advantage[8:].std()) == pytest.approx(1, abs=1e-5)
@@ -90,7 +93,12 @@ def test_a_group_of_equal_rewards_has_exactly_no_advantage(value):
 
 def test_expert_iteration_learns_from_correct_completions_once():
     right, wrong = Score(1.0, "text", "7", None), Score(0.0, "text", "8", "wrong")
-    rollout = Rollout([[1], [1], [1], [2]], [[5, 0], [5, 0], [6, 0], [5, 0]], [""] * 4, [right, right, wrong, right])
+    rollout = Rollout(
+        [[1], [1], [1], [2]],
+        [[5, 0], [5, 0], [6, 0], [5, 0]],
+        [""] * 4,
+        [right, right, wrong, right],
+    )
     assert rl.first_correct(rollout).tolist() == [1.0, 0.0, 0.0, 1.0]
     cfg = Config(algo="ei", minibatch_size=8)
     ((tokens, (batch,)),) = rl.split_minibatches(rollout, rl.first_correct(rollout), 0, cfg, CPU)
@@ -107,7 +115,9 @@ def test_log_probs_agree_with_a_loop_over_tokens(gpt):
     logp, entropy = Policy(gpt, temperature=0.7)(batch)
     for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions)):
         for t, token in enumerate(completion):
-            expected = F.log_softmax(gpt(torch.tensor([prompt + completion[:t]]))[0, -1] / 0.7, dim=-1)
+            expected = F.log_softmax(
+                gpt(torch.tensor([prompt + completion[:t]]))[0, -1] / 0.7, dim=-1
+            )
             torch.testing.assert_close(logp[i, t], expected[token])
             torch.testing.assert_close(entropy[i, t], -(expected.exp() * expected).sum())
     assert (logp[~batch.mask] == 0).all()
@@ -141,12 +151,16 @@ def test_k3_is_never_negative_and_its_mean_is_the_kl():
 
 
 def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_in_the_loss_none():
-    """open-instruct#534: the expectation of grad(logp - ref_logp) under the policy itself is zero."""
+    """open-instruct#534: the expectation of grad(logp - ref_logp) under the policy itself is
+    zero.
+    """
     logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
     ref_logp = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
     logp = logits.log_softmax(0)
     p = logp.detach().exp()
-    (kl_gradient,) = torch.autograd.grad((logp.exp() * (logp - ref_logp)).sum(), logits, retain_graph=True)
+    (kl_gradient,) = torch.autograd.grad(
+        (logp.exp() * (logp - ref_logp)).sum(), logits, retain_graph=True
+    )
     in_loss = torch.autograd.grad((p * (logp - ref_logp)).sum(), logits, retain_graph=True)[0]
     assert in_loss.abs().max() < 1e-12 < kl_gradient.abs().max()
     # each token is a completion of its own, with its probability as weight
@@ -162,13 +176,25 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_in_the_loss_none():
 def test_the_ratio_is_clipped_only_where_that_limits_the_gain(algo):
     new = torch.tensor([[0.5, -0.5, 0.5, -0.5]], requires_grad=True)
     zeros = torch.zeros(1, 4)
-    batch = Batch(zeros, zeros, zeros, zeros == 0, zeros[:, 0], torch.tensor([[1.0, 1.0, -1.0, -1.0]]), old_logp=zeros)
+    batch = Batch(
+        zeros,
+        zeros,
+        zeros,
+        zeros == 0,
+        zeros[:, 0],
+        torch.tensor([[1.0, 1.0, -1.0, -1.0]]),
+        old_logp=zeros,
+    )
     rl.ALGORITHMS[algo].loss(batch, new, Config(kl_coef=0.0)).sum().backward()
     assert [g == 0 for g in new.grad[0].tolist()] == [True, False, False, True]
 
 
 def test_the_value_loss_takes_the_larger_of_the_clipped_and_the_plain_error():
-    value, old, returns = torch.tensor([1.0, 0.1, -1.0]), torch.zeros(3), torch.tensor([2.0, 2.0, -0.5])
+    value, old, returns = (
+        torch.tensor([1.0, 0.1, -1.0]),
+        torch.zeros(3),
+        torch.tensor([2.0, 2.0, -0.5]),
+    )
     found = rl.clipped_value_loss(value, old, returns, 0.2)
     torch.testing.assert_close(found, torch.tensor([1.8**2 / 2, 1.9**2 / 2, 0.5**2 / 2]))
 
@@ -186,9 +212,13 @@ def learn_once(gpt_factory, algo, rewards, micro_batch_size, processes=CPU, **ch
     gradients = []
     policy = Trainer(Policy(gpt, cfg.temperature), cfg.learning_rate, cfg, processes)
     critic = Trainer(Critic(gpt), 1e-9, cfg, processes) if algo == "ppo" else None
-    policy.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in gpt.parameters()))
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(p.grad.clone() for p in gpt.parameters())
+    )
     reference = Policy(gpt_factory(), cfg.temperature)
-    metrics = rl.learn(random_rollout(rewards), 0, policy, critic, reference, cfg, FLOAT32, processes)
+    metrics = rl.learn(
+        random_rollout(rewards), 0, policy, critic, reference, cfg, FLOAT32, processes
+    )
     return gradients, metrics
 
 
@@ -228,9 +258,13 @@ def test_a_rollout_without_signal_gives_a_finite_zero_gradient():
 def test_a_rank_without_rows_has_a_batch_that_counts_nothing(gpt):
     batch = batch_of(random_rollout(REWARDS), [])
     logp, _ = Policy(gpt, 1.0)(batch)
-    loss = (rl.ppo_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config()) * batch.mask).sum()
+    loss = (
+        rl.ppo_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config()) * batch.mask
+    ).sum()
     loss.backward()
-    assert float(loss.detach()) == 0 and all(p.grad is None or p.grad.abs().max() == 0 for p in gpt.parameters())
+    assert float(loss.detach()) == 0 and all(
+        p.grad is None or p.grad.abs().max() == 0 for p in gpt.parameters()
+    )
 
 
 @pytest.mark.parametrize("algo, steps", [("ppo", 40), ("grpo", 40), ("ei", 1)])
@@ -246,9 +280,12 @@ def test_each_algorithm_learns_the_token_that_is_rewarded(algo, steps):
     critic = Trainer(Critic(gpt), cfg.critic_learning_rate, cfg, CPU) if algo == "ppo" else None
     for step in range(steps):
         p = gpt(torch.tensor([[1]]))[0, -1].softmax(-1).detach()
-        arms = p.multinomial(64, replacement=True, generator=torch.Generator().manual_seed(step)).tolist()
+        arms = p.multinomial(
+            64, replacement=True, generator=torch.Generator().manual_seed(step)
+        ).tolist()
         scores = [Score(float(arm == 5), "text", None, None) for arm in arms]
-        # the de-duplication of ei leaves one completion; a prompt apart for each keeps them all the same
+        # the de-duplication of ei leaves one completion; a prompt apart for each keeps them all
+        # the same
         rollout = Rollout([[1]] * 64, [[arm] for arm in arms], [""] * 64, scores)
         rl.learn(rollout, step, policy, critic, None, cfg, FLOAT32, CPU)
     assert float(gpt(torch.tensor([[1]]))[0, -1].softmax(-1)[5]) > 0.9
@@ -265,7 +302,11 @@ def test_answers_stay_with_their_questions(base, monkeypatch):
     pairs = [(Question(str(i), f"Ann has {i} apples.", str(i)), encoding.encode_ordinary(f"Ann has {i} apples.\n\n"))
              for i in range(40)]  # fmt: skip
     golds = []
-    monkeypatch.setattr(rl, "score_batch", lambda texts, g: golds.extend(g) or [Score(float(x), "text", x, None) for x in g])
+    monkeypatch.setattr(
+        rl,
+        "score_batch",
+        lambda texts, g: golds.extend(g) or [Score(float(x), "text", x, None) for x in g],
+    )
     picked = [pairs[i] for i in rl.pick_prompts(40, 1, 24, seed=3)]
     cfg = settings("unused", base)
     seconds = {"sample": 0.0, "verify": 0.0}
@@ -284,7 +325,10 @@ def test_each_question_is_asked_once_an_epoch_in_an_order_of_its_own():
 def test_completions_of_one_question_differ_and_reruns_agree(base):
     encoding = get_tokenizer("toy")
     model, _ = rl.load_model(base, "cpu")
-    pair = (Question("0", "Ann has 3 apples.", "3"), encoding.encode_ordinary("Ann has 3 apples.\n\n"))
+    pair = (
+        Question("0", "Ann has 3 apples.", "3"),
+        encoding.encode_ordinary("Ann has 3 apples.\n\n"),
+    )
     cfg, seconds = settings("unused", base), {"sample": 0.0, "verify": 0.0}
     first, again, small = (
         rl.roll_out(model, [pair] * 8, ("key",), c, False, encoding, CPU, seconds).completions
@@ -305,14 +349,20 @@ def final_weights(folder) -> dict:
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo", "ei"])
-def test_a_run_fills_its_folder_and_a_killed_one_continues_to_the_same_bits(base, tmp_path, algo, monkeypatch, capsys):
+def test_a_run_fills_its_folder_and_a_killed_one_continues_to_the_same_bits(
+    base, tmp_path, algo, monkeypatch, capsys
+):
     whole, killed = (settings(tmp_path / name, base, algo) for name in ("whole", "killed"))
     row = rl.main(whole)
     names = {p.name for p in Path(whole.out_dir).iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "ckpt.pt", "echo.png", "step_000000.pt", "step_000003.pt",
                      "samples_000000.jsonl", "samples_000002.jsonl", "samples_000003.jsonl"}  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
-    assert row["n"] == 256 and row["k"] == 2 and {"pass@1", "pass@k", "maj@k", "mean_length", "truncated"} <= row.keys()
+    assert (
+        row["n"] == 256
+        and row["k"] == 2
+        and {"pass@1", "pass@k", "maj@k", "mean_length", "truncated"} <= row.keys()
+    )
     assert sum(part["share"] for part in row["formats"].values()) == pytest.approx(1)
     samples = [json.loads(line) for line in open(Path(whole.out_dir) / "samples_000003.jsonl")]
     assert len(samples) == 256 * 3 and samples[0].keys() >= {"id", "question", "gold", "completion", "format", "answer",
@@ -339,15 +389,29 @@ def test_a_run_fills_its_folder_and_a_killed_one_continues_to_the_same_bits(base
 
 
 def test_two_gloo_processes_see_the_same_rollouts_and_evaluations_as_one(base, tmp_path):
-    flags = [f"--{k}={v}" for k, v in {**QUICK, "algo": "grpo", "init_from": base, "max_steps": 2}.items()]
+    flags = [
+        f"--{k}={v}"
+        for k, v in {**QUICK, "algo": "grpo", "init_from": base, "max_steps": 2}.items()
+    ]
     for world, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
                         ROOT / "rl.py", *flags, f"--out_dir={folder}"], check=True, capture_output=True)  # fmt: skip
     for left, right in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for key in ("step", "kind", "length", "pass@1", "pass@k", "formats", "sampled_formats", "reward"):
+        for key in (
+            "step",
+            "kind",
+            "length",
+            "pass@1",
+            "pass@k",
+            "formats",
+            "sampled_formats",
+            "reward",
+        ):
             assert left.get(key) == right.get(key)
     for step in (0, 2):
-        one, two = ((tmp_path / name / f"samples_{step:06d}.jsonl").read_text() for name in ("one", "two"))
+        one, two = (
+            (tmp_path / name / f"samples_{step:06d}.jsonl").read_text() for name in ("one", "two")
+        )
         assert one == two
     one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
     for name in one:
@@ -356,7 +420,10 @@ def test_two_gloo_processes_see_the_same_rollouts_and_evaluations_as_one(base, t
 
 def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_path, capsys):
     file = tmp_path / "questions.jsonl"
-    questions = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "Why? " * 300, "answer": 3}]
+    questions = [
+        {"question": "1 + 1?", "answer": "#### 2"},
+        {"question": "Why? " * 300, "answer": 3},
+    ]
     file.write_text("\n".join(map(json.dumps, questions)))
     row = rl.main(settings(tmp_path / "eval", base, "eval", task="gsm8k", questions=str(file)))
     assert row["n"] == 2 and row["too_long"] == 1 and row["task"] == "gsm8k"

@@ -96,7 +96,10 @@ def test_a_loop_for_ever_does_not_hold_up_the_others():
 def test_programs_never_run_in_this_process():
     seen = score("import random\ndef f():\n    return id(random)", "0")
     assert seen.failure == "blocked"  # id is not theirs to call
-    assert "model_was_here" not in sys.modules and score(CODE.format("result = print"), "0").failure == "error"
+    assert (
+        "model_was_here" not in sys.modules
+        and score(CODE.format("result = print"), "0").failure == "error"
+    )
 
 
 def test_servers_hold_no_environment_and_no_open_file(tmp_path, monkeypatch):
@@ -140,7 +143,9 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_one(n):
     for c in range(n + 1):
         for k in range(1, n + 1):
             draws = list(combinations([1] * c + [0] * (n - c), k))
-            assert math.isclose(pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), abs_tol=1e-12)
+            assert math.isclose(
+                pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), abs_tol=1e-12
+            )
 
 
 def test_pass_at_k_refuses_k_above_n():
@@ -158,13 +163,26 @@ def test_the_vote_goes_to_the_commonest_answer_and_a_tie_to_the_earliest():
 
 def test_shares_sum_to_one_whatever_the_completions():
     rng = random.Random(0)
-    pieces = ["def f():\n", "    return 7", "<llm-code>", "</llm-code>", "\\boxed{7}", "definition", "\x00", "\n", "é"]
+    pieces = [
+        "def f():\n",
+        "    return 7",
+        "<llm-code>",
+        "</llm-code>",
+        "\\boxed{7}",
+        "definition",
+        "\x00",
+        "\n",
+        "é",
+    ]
     completions = ["".join(rng.choices(pieces, k=rng.randint(0, 6))) for _ in range(200)]
     rows = [{"id": str(i), "gold": "7", "greedy": True, **s._asdict()}
             for i, s in enumerate(score_batch(completions, ["7"] * 200))]  # fmt: skip
     summary = summarize(rows)
     assert math.isclose(sum(part["share"] for part in summary["formats"].values()), 1)
-    assert math.isclose(summary["pass@1"], sum((p["accuracy"] or 0) * p["share"] for p in summary["formats"].values()))
+    assert math.isclose(
+        summary["pass@1"],
+        sum((p["accuracy"] or 0) * p["share"] for p in summary["formats"].values()),
+    )
 
 
 def test_questions_left_out_count_as_wrong():
@@ -174,13 +192,23 @@ def test_questions_left_out_count_as_wrong():
 
 def test_the_command_line_prints_the_table_and_names_bad_lines(tmp_path):
     file = tmp_path / "completions.jsonl"
-    rows = [{"id": i, "completion": f"\\boxed{{{7 + j}}}", "gold": 7} for i in range(3) for j in range(2)]
+    rows = [
+        {"id": i, "completion": f"\\boxed{{{7 + j}}}", "gold": 7}
+        for i in range(3)
+        for j in range(2)
+    ]
     file.write_text("\n".join([*map(json.dumps, rows), "{broken", '{"gold": 1}']))
     run = [sys.executable, verify.__file__]
     done = subprocess.run([*run, str(file)], capture_output=True, text=True)
     assert done.returncode == 0 and "50.0%" in done.stdout
-    assert "6 completions of 3 questions" in done.stdout and "pass@2" in done.stdout and "100.0%" in done.stdout
-    assert "2 lines passed over" in done.stdout and "line 7" in done.stdout and "line 8" in done.stdout
+    assert (
+        "6 completions of 3 questions" in done.stdout
+        and "pass@2" in done.stdout
+        and "100.0%" in done.stdout
+    )
+    assert (
+        "2 lines passed over" in done.stdout and "line 7" in done.stdout and "line 8" in done.stdout
+    )
     missing = subprocess.run([*run, str(tmp_path / "none.jsonl")], capture_output=True, text=True)
     assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1
 
@@ -192,4 +220,6 @@ def test_every_real_gold_equals_itself_boxed_and_no_other(shared, file):
     golds = [q.gold for q in load_questions("gsm8k", "test", file=str(shared / file))]
     scores = score_batch([f"So it is \\boxed{{{gold}}}." for gold in golds], golds)
     assert all(s.reward == 1 for s in scores)
-    assert not any(s.reward for s in score_batch([f"\\boxed{{{gold} + 1}}" for gold in golds], golds))
+    assert not any(
+        s.reward for s in score_batch([f"\\boxed{{{gold} + 1}}" for gold in golds], golds)
+    )
