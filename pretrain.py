@@ -48,7 +48,7 @@ class Config:
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
     data_dir: str = "out/data"  # token files
     tokenizer: Literal["toy", "gpt2"] = "toy"  # the shipped one, or GPT-2's with single digits
-    mix: str = "toy-tinygsm,toy-omi1,toy-omi2:1.3"  # NAME[:PASSES],... or NAME:PERCENT%,... with tokens
+    mix: str = "toy-tinygsm,toy-omi1,toy-omi2:1.3"  # NAME[:PASSES],... or NAME:PERCENT%,...
     tokens: float = 0  # budget of a mixture in percent; a mixture in passes has its own
     context: int = 256  # tokens of a sequence, at least those of a prompt and its completion
     width: int = 96  # of the residual stream
@@ -72,9 +72,7 @@ class Config:
     log_every: int = 20  # steps between metric rows
     seed: int = 0  # of the initialisation and of the order of the data
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of autocast; auto: bfloat16 where it is faster
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 if faster
     compile: bool = False  # torch.compile; needs a C++ compiler
 
 

@@ -42,53 +42,43 @@ from verify import FORMATS, score_batch, summarize, table
 class Config:
     preset: Literal["tiny", "paper"] = "tiny"  # fills in the fields that PRESETS names
     config: str = ""  # a .json of these fields, such as another run's config.json
-    algo: Literal["ppo", "grpo", "ei", "eval"] = (
-        "ppo"  # Expert Iteration is ei; eval trains nothing
-    )
+    algo: Literal["ppo", "grpo", "ei", "eval"] = "ppo"  # ei: Expert Iteration; eval: no training
     init_from: str = "out/pretrain"  # the base: a run's folder, or a .pt file of one
     out_dir: str = ""  # the run's folder; empty: out/ALGO, out/eval-TASK for eval
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
     task: str = "toy"  # toy, toy-hard, gsm8k or math; for eval also math500, aime, aime24
     eval_task: str = ""  # questions to evaluate on; empty: the test questions of task
     questions: str = ""  # json or jsonl file in place of the task's own questions
-    eval_questions: str = (
-        ""  # likewise for evaluation; empty beside questions: a tenth of them, held out
-    )
+    eval_questions: str = ""  # likewise for evaluation; else a tenth of --questions is held out
     hub: str = ""  # a folder with the hub's layout, read instead of the hub
     prompts_per_step: int = 32  # questions of a rollout, all ranks together
     group_size: int = 8  # G, completions of a question
     max_new_tokens: int = 80  # longest completion
     temperature: float = 1.0  # of rollouts, and of the log-probs that are trained
-    top_p: float = (
-        1.0  # nucleus of rollouts; ppo and grpo need 1: they train the untruncated distribution
-    )
+    top_p: float = 1.0  # nucleus of rollouts; ppo and grpo train the whole distribution: 1
     minibatch_size: int = 64  # completions of an update, all ranks together
     micro_batch_size: int = 64  # completions of one forward pass on one rank
     epochs: int = 1  # passes over a rollout
     learning_rate: float = 3e-4  # peak, of the policy
     critic_learning_rate: float = 3e-4  # peak, of ppo's critic
     warmup: float = 0.03  # share of the schedule in which the learning rate rises
-    min_learning_rate: float = (
-        1.0  # at the end of the cosine, as a fraction of the peak; 1: constant
-    )
+    min_learning_rate: float = 0.1  # at the end of the cosine, as a fraction of the peak
     kl_coef: float = 0.001  # of the KL to the base: in ppo's reward (k1), in grpo's loss (k3)
     clip_eps: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of ppo's values
     gamma: float = 1.0  # discount a token
     gae_lambda: float = 0.95  # of generalised advantage estimation
-    restart_from_base: bool = (
-        True  # ei: every round trains the base again; false: the last round's policy
-    )
+    restart_from_base: bool = True  # ei: each round trains the base; false: the last policy
     grad_clip: float = 1.0  # largest norm of a gradient
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
-    max_steps: int = 36  # rollouts, each with its updates; ei: rounds
-    eval_every: int = 12  # steps between evaluations
+    max_steps: int = 24  # rollouts, each with its updates; ei: rounds
+    eval_every: int = 6  # steps between evaluations
     eval_k: int = 8  # samples a question for pass@k and maj@k
     eval_temperature: float = 1.0  # of those samples
     eval_top_p: float = 1.0  # nucleus of those samples
     sample_batch_size: int = 256  # completions decoded together on one rank
-    save_every: int = 12  # steps between checkpoints
+    save_every: int = 6  # steps between checkpoints
     log_every: int = 1  # steps between metric rows
     seed: int = 0  # of the order of questions and of every sample
     device: str = "auto"  # auto: cuda where there is one, else cpu
@@ -99,16 +89,16 @@ class Config:
 PRESETS = {  # every entry applies whose words are among the chosen preset and algo
     "tiny": {},
     "tiny ei": dict(
-        prompts_per_step=512, epochs=2, learning_rate=1e-3, min_learning_rate=0.1, max_steps=3,
+        prompts_per_step=512, epochs=2, learning_rate=1e-3, max_steps=3,
         eval_every=1, save_every=1),
     "paper": dict(
         task="gsm8k", prompts_per_step=64, group_size=8, max_new_tokens=1024, temperature=0.7,
         minibatch_size=64, micro_batch_size=8, learning_rate=1e-6, critic_learning_rate=7e-6,
-        max_steps=1168, eval_every=117, eval_k=64, eval_temperature=0.7, eval_top_p=0.95,
-        save_every=50),
+        min_learning_rate=1.0, max_steps=1168, eval_every=117, eval_k=64, eval_temperature=0.7,
+        eval_top_p=0.95, save_every=50),
     "paper ei": dict(
         prompts_per_step=7473, group_size=64, temperature=1.0, top_p=0.95, minibatch_size=256,
-        epochs=2, learning_rate=1e-4, min_learning_rate=0.1, max_steps=3, eval_every=1,
+        min_learning_rate=0.1, epochs=2, learning_rate=1e-4, max_steps=3, eval_every=1,
         save_every=1),
 }  # fmt: skip
 
@@ -624,11 +614,11 @@ def draw(folder: Path, rows: list[dict]) -> None:
 
     steps, k = [row["step"] for row in rows], rows[0]["k"]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
-    for name, label in (
-        ("pass@k", f"pass@{k}"),
-        ("maj@k", f"maj@{k}"),
-        ("pass@1", "pass@1 (greedy)"),
-    ):
+    lines = {
+        "pass@k": f"pass@{k}", "maj@k": f"maj@{k}", "pass@1": "pass@1 (greedy)",
+        "sampled_pass@1": "pass@1 (sampled)",
+    }  # fmt: skip
+    for name, label in lines.items():
         if name in rows[0]:
             top.plot(steps, [row[name] for row in rows], marker="o", label=label)
     top.set(
