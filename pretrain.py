@@ -395,19 +395,27 @@ def model_state(model: GPT, tokenizer: str) -> dict:
     }
 
 
+def restore(path: Path, state: dict, **parts) -> None:
+    """Loads state[name] into each part, a module or an optimizer."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path} holds a model of another architecture: name another, or start "
+                        "afresh with --overwrite=true") from None  # fmt: skip
+
+
 def load_model(path: str | Path, device) -> tuple[GPT, str]:
     """The model of a run's folder or of a .pt file, and the name of its tokenizer."""
     path = Path(path)
     path = path / "ckpt.pt" if path.suffix != ".pt" else path
     state = load_checkpoint(path, device)
     try:
-        model = GPT(GPTConfig(**state["gpt"])).to(device)
-        model.load_state_dict(state["model"])
-        return model, state["tokenizer"]
-    except (KeyError, TypeError, RuntimeError):
-        raise UserError(
-            f"{path} holds a model of another architecture: pretrain it again"
-        ) from None
+        model, tokenizer = GPT(GPTConfig(**state["gpt"])).to(device), state["tokenizer"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is no checkpoint of this code: pretrain it again") from None
+    restore(path, state, model=model)
+    return model, tokenizer
 
 
 # ---------------------------------------------------------------- pretraining
@@ -543,8 +551,7 @@ def main(cfg: Config) -> dict:
     step, state = 0, open_run(cfg, processes)
     if state:
         step = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(Path(cfg.out_dir) / "ckpt.pt", state, model=model, optimizer=optimizer)
     if processes.rank == 0:
         manifest = json.dumps(mixture.manifest(), indent=1).encode()
         write_atomically(Path(cfg.out_dir) / "mixture.json", manifest)

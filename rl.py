@@ -33,9 +33,9 @@ from data.tasks import Question, load_questions
 from data.tokenizer import get_tokenizer
 from model import GPT, generate
 from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, model_state,
-                      open_run, require_positive, save_checkpoint, schedule, setup_distributed,
-                      write_atomically)  # fmt: skip
-from verify import FORMATS, score_batch, summarize, table
+                      open_run, require_positive, restore, save_checkpoint, schedule,
+                      setup_distributed, write_atomically)  # fmt: skip
+from verify import FORMATS, score_batch, start_servers, summarize, table
 
 
 @dataclass
@@ -78,6 +78,7 @@ class Config:
     eval_temperature: float = 1.0  # of those samples
     eval_top_p: float = 1.0  # nucleus of those samples
     sample_batch_size: int = 256  # completions decoded together on one rank
+    time_limit: float = 1.0  # seconds that one program of a completion may run
     save_every: int = 6  # steps between checkpoints
     log_every: int = 1  # steps between metric rows
     seed: int = 0  # of the order of questions and of every sample
@@ -160,7 +161,7 @@ def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, p
     texts = [
         encoding.decode([i for i in ids if i != ends], errors="replace") for ids in completions
     ]
-    scores = score_batch(texts, [pairs[i][0].gold for i in mine])
+    scores = score_batch(texts, [pairs[i][0].gold for i in mine], cfg.time_limit)
     whole = [None] * len(pairs)
     for rank, share in enumerate(processes.gather(list(zip(completions, texts, scores)))):
         whole[rank :: processes.world] = share
@@ -648,7 +649,7 @@ def check(cfg: Config) -> None:
     require_positive(cfg, "prompts_per_step", "group_size", "max_new_tokens", "temperature",
                      "top_p", "minibatch_size", "micro_batch_size", "epochs", "learning_rate",
                      "critic_learning_rate", "max_steps", "eval_every", "sample_batch_size",
-                     "save_every", "log_every")  # fmt: skip
+                     "save_every", "log_every", "time_limit")  # fmt: skip
     if cfg.algo == "grpo" and cfg.group_size < 2:
         raise UserError("--group_size=1 gives grpo nothing to compare: use 2 or more")
     if cfg.algo in ("ppo", "grpo") and cfg.top_p != 1:
@@ -689,6 +690,7 @@ def snapshot_steps(total: int) -> set[int]:
 def main(cfg: Config) -> dict:
     """Trains for max_steps rollouts (or only evaluates); returns the last evaluation row."""
     check(cfg)
+    start_servers()  # before a GPU context exists
     evaluates = cfg.algo == "eval"
     name = f"eval-{cfg.eval_task or cfg.task}" if evaluates else cfg.algo
     cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or f"out/{name}")
@@ -722,11 +724,10 @@ def main(cfg: Config) -> dict:
     )
     if state:
         step = state["step"]
-        model.load_state_dict(state["model"])
-        policy.optimizer.load_state_dict(state["optimizer"])
+        parts = {"model": model, "optimizer": policy.optimizer}
         if critic:
-            critic.module.load_state_dict(state["critic"])
-            critic.optimizer.load_state_dict(state["critic_optimizer"])
+            parts |= {"critic": critic.module, "critic_optimizer": critic.optimizer}
+        restore(folder / "ckpt.pt", state, **parts)
     evaluations = state["evaluations"] if state else []
     log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
     for name, whole, kept in (("train", train_set, train_pairs), ("test", test_set, test_pairs)):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import UserError, toy
-from verify import last_boxed
+from verify import boxes
 
 # name: (repository, its files for each split); `row_to_question` finds the fields by their names
 HUB = {
@@ -97,7 +97,8 @@ def row_to_question(row: dict, default_id: str, source: str) -> Question:
     """
     fields = {key.lower(): value for key, value in row.items()}
     question = fields.get("question", fields.get("problem"))
-    gold = fields.get("answer", last_boxed(str(fields.get("solution", ""))))
+    boxed = boxes(str(fields.get("solution", "")))
+    gold = fields.get("answer", boxed[-1] if boxed else None)
     if question is None or gold is None:
         raise UserError(
             f"{source}: {default_id} needs a question (or problem) and an answer (or solution)"
