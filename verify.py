@@ -415,7 +415,9 @@ def check(x):
 
 
 def each(function, *values) -> tuple:
-    """function of the values at each point."""
+    """function of the values at each point; once, where all of them are constants."""
+    if all(value[0] is value[-1] for value in values):
+        return (check(function(*(value[0] for value in values))),) * POINTS
     return tuple(check(function(*parts)) for parts in zip(*values))
 
 
@@ -469,22 +471,16 @@ def root(x, n):
 def factorial(x):
     if size(x) > 64 or abs(x) > 1000:
         raise Unreadable("too large")
-    if isinstance(x, Fraction) and x.denominator == 1 and x >= 0:
-        return Fraction(math.factorial(int(x)))
-    return reals().gamma(lift(x) + 1)
+    whole = isinstance(x, Fraction) and x.denominator == 1 and x >= 0
+    return Fraction(math.factorial(int(x))) if whole else reals().gamma(lift(x) + 1)
 
 
 def binomial(n, k):
-    n, k = whole_number(n), whole_number(k)
-    if min(k, n - k) * n.bit_length() > LARGEST_NUMBER:
+    if {type(n), type(k)} != {Fraction} or n.denominator * k.denominator > 1:
+        raise Unreadable("not whole numbers")
+    if min(k, n - k) * n.numerator.bit_length() > LARGEST_NUMBER:
         raise Unreadable("too large")
-    return Fraction(math.comb(n, k))
-
-
-def whole_number(x) -> int:
-    if not isinstance(x, Fraction) or x.denominator > 1 or x < 0:
-        raise Unreadable("not a whole number")
-    return int(x)
+    return Fraction(math.comb(int(n), int(k)))
 
 
 def real_function(name: str):
@@ -498,13 +494,13 @@ def real_function(name: str):
     return function
 
 
+ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")
 FUNCTIONS = {
-    **{name: real_function(name) for name in "sin cos tan cot sec csc exp sinh cosh tanh".split()},
+    **{name: real_function(name) for name in (*ANGLES, "exp", "sinh", "cosh", "tanh")},
     **{f"arc{name}": real_function(f"a{name}") for name in ("sin", "cos", "tan")},
     "ln": real_function("log"), "log": real_function("log10"), "abs": arithmetic(abs),
     "sqrt": lambda x: power(x, Fraction(1, 2)),
 }  # fmt: skip
-ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")
 TOKEN = re.compile(r"\\[A-Za-z]+|\d+(?:\.\d+)?[eE][+-]?\d+|\d+(?:\.\d*)?|\.\d+|[A-Za-z]+|\*\*|\S")
 
 
@@ -515,28 +511,29 @@ class Expression:
     """
 
     def __init__(self, text: str):
-        self.tokens, self.at, self.depth, self.bars = TOKEN.findall(text), 0, 0, 0
-        self.in_angle = False
+        self.tokens, self.at, self.depth = TOKEN.findall(text), 0, 0
+        self.in_bars = self.in_angle = False
 
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
-    def take(self, wanted: str = "") -> str:
-        token = self.peek()
-        if not token or (wanted and token != wanted):
-            raise Unreadable(f"{token!r} in place of {wanted or 'anything'!r}")
+    def take(self) -> str:
         self.at += 1
-        return token
+        return self.tokens[self.at - 1] if self.at <= len(self.tokens) else ""
 
     def takes(self, *choices: str) -> bool:
+        """Whether the next token is one of these; if so it is taken."""
         found = self.peek() in choices
         self.at += found
         return found
 
+    def expect(self, token: str) -> None:
+        if self.take() != token:
+            raise Unreadable(f"no {token}")
+
     def whole(self) -> tuple:
         value = self.sum()
-        if self.peek():
-            raise Unreadable(f"{self.peek()!r} at the end")
+        self.expect("")
         return value
 
     def sum(self) -> tuple:
@@ -566,10 +563,10 @@ class Expression:
         """Whether what follows multiplies without a sign; a number does only behind a symbol."""
         token = self.peek()
         if token == "|":
-            return self.bars == 0
+            return not self.in_bars
         if NUMBER.match(token):
             return not NUMBER.match(self.tokens[self.at - 1])
-        return bool(re.match(r"[({A-Za-z]|\\(?!cdot|times|div|rfloor|rceil)[A-Za-z]", token))
+        return bool(re.match(r"[({A-Za-z]|\\(?!cdot|times|div)[A-Za-z]", token))
 
     def signed(self) -> tuple:
         negative = False
@@ -580,9 +577,7 @@ class Expression:
 
     def power(self) -> tuple:
         value = self.postfix()
-        if self.takes("^", "**"):
-            value = each(power, value, self.argument())
-        return value
+        return each(power, value, self.argument()) if self.takes("^", "**") else value
 
     def postfix(self) -> tuple:
         value = self.atom()
@@ -608,105 +603,74 @@ class Expression:
     def atom(self) -> tuple:
         token = self.take()
         if NUMBER.match(token):
-            return self.mixed(token)
+            # an integer with a fraction of digits behind it is their sum
+            rest = "".join(self.tokens[self.at : self.at + 7])
+            mixed = token.isdigit() and re.match(r"\\frac(?:\{\d+\}|\d)(?:\{\d+\}|\d)", rest)
+            return each(ADD, constant(token), self.atom()) if mixed else constant(token)
         if token in ("(", "{"):
             value = self.sum()
-            self.take(")" if token == "(" else "}")
+            self.expect(")" if token == "(" else "}")
             return value
         if token == "|":
-            self.bars += 1
+            self.in_bars = True
             value = self.sum()
-            self.bars -= 1
-            self.take("|")
-            return each(arithmetic(abs), value)
-        if token[0] == "\\":
-            return self.command(token[1:])
-        if token[0].isalpha():
-            return self.name(token)
-        raise Unreadable(repr(token))
-
-    def mixed(self, number: str) -> tuple:
-        """A number; an integer with a fraction of digits behind it is their sum."""
-        value = constant(number)
-        rest = "".join(self.tokens[self.at : self.at + 7])
-        if number.isdigit() and re.match(r"\\frac(?:\{\d+\}|\d)(?:\{\d+\}|\d)", rest):
-            value = each(ADD, value, self.atom())
-        return value
-
-    def command(self, name: str) -> tuple:
-        if name == "frac":
+            self.expect("|")
+            self.in_bars = False
+            return each(FUNCTIONS["abs"], value)
+        if token == r"\frac":
             return each(DIVIDE, self.argument(digit=True), self.argument(digit=True))
-        if name == "binom":
+        if token == r"\binom":
             return each(binomial, self.argument(digit=True), self.argument(digit=True))
-        if name == "sqrt":
+        if token == r"\sqrt":
             degree = constant("2")
             if self.takes("["):
                 degree = self.sum()
-                self.take("]")
+                self.expect("]")
             return each(root, self.argument(), degree)
-        if name in ("lfloor", "lceil"):
-            value = self.sum()
-            self.take(r"\r" + name[1:])
-            whole = math.floor if name == "lfloor" else math.ceil
-            return each(lambda x: Fraction(int(whole(x))), value)
-        if name == "pi":
-            return (+reals().pi,) * POINTS
-        if name == "infty":
-            return (reals().inf,) * POINTS
-        if name in FUNCTIONS:
-            return self.function(name)
-        if name.removeprefix("var") in GREEK.values() or name == "ell":
-            return self.symbol("\\" + name)
-        raise Unreadable(f"\\{name}")
+        return self.name(token)
 
-    def name(self, word: str) -> tuple:
-        """A function or a constant in plain notation, else a product of variables."""
-        if word == "pi":
-            return (+reals().pi,) * POINTS
-        if word == "oo" or word.lower() in ("inf", "infinity"):
-            return (reals().inf,) * POINTS
+    def name(self, token: str) -> tuple:
+        """A function, a constant, a variable, or a product of such letters."""
+        word = token.removeprefix("\\")
         if word in FUNCTIONS:
             return self.function(word)
-        if len(word) > 4:
-            raise Unreadable(word)
+        if word in ("pi", "infty", "oo", "inf"):
+            return (+reals().pi if word == "pi" else reals().inf,) * POINTS
+        if token != word:
+            if word.removeprefix("var") not in GREEK.values() and word != "ell":
+                raise Unreadable(token)
+            return self.symbol(token)
+        if not word.isalpha() or len(word) > 4:
+            raise Unreadable(token)
         self.tokens[self.at : self.at] = list(word[1:])
         if word[0] == "i" or word == "I" and "*" in self.tokens:  # sympy's spelling
             return (reals().mpc(0, 1),) * POINTS
-        if word[0] == "e":
-            return (+reals().e,) * POINTS
-        return self.symbol(word[0])
+        return (+reals().e,) * POINTS if word[0] == "e" else self.symbol(word[0])
 
     def symbol(self, name: str) -> tuple:
         """A variable, with its index: one rational number of either sign at each point."""
         if self.takes("_"):
-            name += "_" + "".join(self.group())
+            first, nested = self.at, self.take() == "{"
+            while nested and self.take() not in ("}", ""):
+                pass
+            name += "_" + "".join(self.tokens[first : self.at]).strip("{}")
         while self.takes("'"):
             name += "'"
         numbers = [zlib.crc32(f"{name} {point}".encode()) % 9973 + 1 for point in range(POINTS)]
         return tuple(Fraction(n * (-1) ** i, 997) for i, n in enumerate(numbers))
 
-    def group(self) -> list[str]:
-        """The tokens of an index."""
-        if not self.takes("{"):
-            return [self.take()]
-        first = self.at
-        while self.take() != "}":
-            pass
-        return self.tokens[first : self.at - 1]
-
     def function(self, name: str) -> tuple:
         base = self.argument() if self.takes("_") else None
         exponent = self.argument() if self.takes("^") else None
         self.in_angle, outer = name in ANGLES, self.in_angle
-        bracketed = self.peek() in ("(", "{", "[", "|")
-        value = self.power() if not bracketed else self.postfix()
+        bracketed = self.peek() in ("(", "{", "|")
+        value = self.postfix() if bracketed else self.power()
         while not bracketed and re.fullmatch(r"[A-Za-z]|\\pi|\\theta", self.peek()):
             value = each(MULTIPLY, value, self.power())
         self.in_angle = outer
+        value = each(FUNCTIONS["ln" if base else name], value)
         if base:
-            value = each(DIVIDE, each(FUNCTIONS["ln"], value), each(FUNCTIONS["ln"], base))
-        else:
-            value = each(FUNCTIONS[name], value)
+            value = each(DIVIDE, value, each(FUNCTIONS["ln"], base))
         return each(power, value, exponent) if exponent else value
 
 
@@ -718,7 +682,7 @@ def constant(number: str) -> tuple:
 
 def key_of(value: tuple):
     """A value as something hashable: one number where it is the same at all points."""
-    keys = tuple(map(rounded, value))
+    keys = tuple(map(rounded, value if value[0] is not value[-1] else value[:1]))
     return keys[0] if len(set(keys)) == 1 else keys
 
 
