@@ -1155,7 +1155,8 @@ class Server:
 def servers(pid: int) -> queue.Queue:
     """The idle servers of process `pid`, one for each core of a rank; a fork gets its own."""
     idle = queue.Queue()
-    for _ in range(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))):
+    cores = min(16, os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for _ in range(max(1, cores)):
         server = Server()
         atexit.register(lambda server=server: os.getpid() == pid and server.stop())
         idle.put(server)
