@@ -31,6 +31,8 @@ def print_table(title: str, rows: list[tuple]) -> None:
 
 def bench_verify(count: int = 4096) -> None:
     """Completions a second through score_batch, by format, and what loops for ever cost a batch."""
+    from hostile import CHEATS, CODE
+
     from data import toy
     from verify import score_batch
 
@@ -56,6 +58,8 @@ def bench_verify(count: int = 4096) -> None:
     measure("tinygsm, 512", written["tinygsm"][:512], golds[:512])
     measure("tinygsm, 10 of 512 loop", [*few[:251], *[LOOP] * 10, *few[251:]],
             [*golds[:251], *["0"] * 10, *golds[251:502]])  # fmt: skip
+    hostile = [*CODE.values(), *CHEATS.values()]
+    measure("hostile, none that loops", hostile, ["42"] * len(hostile))
     print_table("completions scored by verify.py", rows)
 
 

@@ -1,10 +1,13 @@
 """Fixtures: a base model that is trained in seconds, and the real data where a checkout has it."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from a second
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

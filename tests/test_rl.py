@@ -305,7 +305,7 @@ def test_answers_stay_with_their_questions(base, monkeypatch):
     monkeypatch.setattr(
         rl,
         "score_batch",
-        lambda texts, g: golds.extend(g) or [Score(float(x), "text", x, None) for x in g],
+        lambda texts, g, limit: golds.extend(g) or [Score(float(x), "text", x, None) for x in g],
     )
     picked = [pairs[i] for i in rl.pick_prompts(40, 1, 24, seed=3)]
     cfg = settings("unused", base)
