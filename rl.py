@@ -42,7 +42,7 @@ from verify import FORMATS, score_batch, start_servers, summarize, table
 class Config:
     preset: Literal["tiny", "paper"] = "tiny"  # fills in the fields that PRESETS names
     config: str = ""  # a .json of these fields, such as another run's config.json
-    algo: Literal["ppo", "grpo", "ei", "eval"] = "ppo"  # ei: Expert Iteration; eval: no training
+    algo: Literal["ppo", "grpo", "reinforce", "ei", "eval"] = "ppo"  # eval: no training
     init_from: str = "out/pretrain"  # the base: a run's folder, or a .pt file of one
     out_dir: str = ""  # the run's folder; empty: out/ALGO, out/eval-TASK for eval
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
@@ -63,9 +63,15 @@ class Config:
     critic_learning_rate: float = 3e-4  # peak, of ppo's critic
     warmup: float = 0.03  # share of the schedule in which the learning rate rises
     min_learning_rate: float = 0.1  # at the end of the cosine, as a fraction of the peak
-    kl_coef: float = 0.001  # of the KL to the base: in ppo's reward (k1), in grpo's loss (k3)
+    kl_coef: float = 0.001  # of the KL to the base
+    kl_in: Literal["auto", "reward", "loss"] = "auto"  # auto: ppo's token rewards, others' loss
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"  # auto: k1 in rewards, k3 in the loss
+    entropy_coef: float = 0.0  # of a bonus for the entropy at each token
+    loss_norm: Literal["token", "sequence", "constant"] = "token"  # see token_weights
+    scale_rewards: bool = True  # grpo: by the group's std, so that hard and easy questions count
+    whiten: bool = True  # ppo: advantages of mean 0 and std 1 over the rollout
     clip_eps: float = 0.2  # of the probability ratio
-    value_clip: float = 0.2  # of the change of ppo's values
+    value_clip: float = 0.2  # of the change of ppo's values; 0: not clipped
     gamma: float = 1.0  # discount a token
     gae_lambda: float = 0.95  # of generalised advantage estimation
     restart_from_base: bool = True  # ei: each round trains the base; false: the last policy
@@ -85,6 +91,12 @@ class Config:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda
     compile: bool = False  # torch.compile of the policy's updates; needs a C++ compiler
+
+    def __post_init__(self):
+        if self.kl_in == "auto":
+            self.kl_in = "reward" if self.algo == "ppo" else "loss"
+        if self.kl_estimator == "auto":
+            self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
 
 
 PRESETS = {  # every entry applies whose words are among the chosen preset and algo
@@ -114,6 +126,7 @@ class Rollout(NamedTuple):
     completions: list  # N lists of ids, up to the first end-of-text token and with it
     texts: list
     scores: list  # N of verify.Score
+    logps: list  # N lists of the log-probs that the sampler saw
 
 
 def fitting(
@@ -147,15 +160,17 @@ def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, p
     """
     seeds = generator(*key).integers(2**63, size=len(pairs))
     mine = range(processes.rank, len(pairs), processes.world)
-    completions, started = [], time.perf_counter()
+    completions, logps, started = [], [], time.perf_counter()
     for first in range(0, len(mine), cfg.sample_batch_size):
         part = mine[first : first + cfg.sample_batch_size]
-        tokens, mask, _ = generate(
+        tokens, mask, logp = generate(
             model, [pairs[i][1] for i in part], cfg.max_new_tokens, encoding.eot_token,
             [torch.Generator().manual_seed(int(seeds[i])) for i in part],
             0.0 if greedy else cfg.temperature, cfg.top_p,
         )  # fmt: skip
-        completions += [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask.cpu())]
+        mask = mask.cpu()
+        completions += [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask)]
+        logps += [row[kept].tolist() for row, kept in zip(logp.cpu(), mask)]
     sampled = time.perf_counter()
     ends = encoding.eot_token
     texts = [
@@ -163,7 +178,7 @@ def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, p
     ]
     scores = score_batch(texts, [pairs[i][0].gold for i in mine], cfg.time_limit)
     whole = [None] * len(pairs)
-    for rank, share in enumerate(processes.gather(list(zip(completions, texts, scores)))):
+    for rank, share in enumerate(processes.gather(list(zip(completions, texts, scores, logps)))):
         whole[rank :: processes.world] = share
     seconds["sample"] += sampled - started
     seconds["verify"] += time.perf_counter() - sampled
@@ -182,13 +197,15 @@ class Batch:
     mask: torch.Tensor  # (B, T) true on it, its end-of-text token included
     reward: torch.Tensor  # (B,)
     advantage: torch.Tensor  # (B, T), or (B, 1) before it is spread over the tokens
+    sampled_logp: torch.Tensor | None = None  # (B, T) as the sampler saw it
+    weight: torch.Tensor | None = None  # (B, 1) of each token in the minibatch's loss
     old_logp: torch.Tensor | None = None  # (B, T) of the policy that sampled
     ref_logp: torch.Tensor | None = None  # (B, T) of the base
     old_value: torch.Tensor | None = None  # (B, T) of the critic, before the updates
     returns: torch.Tensor | None = None  # (B, T) what the critic learns
 
 
-def make_batch(rollout: Rollout, rows: list[int], advantage: torch.Tensor, device) -> Batch:
+def make_batch(rollout: Rollout, rows: list[int], advantage, weight, device) -> Batch:
     """The given rows of a rollout. No rows at all give one that is masked out: every rank has
     work for DDP.
     """
@@ -201,7 +218,9 @@ def make_batch(rollout: Rollout, rows: list[int], advantage: torch.Tensor, devic
     mask = torch.arange(tokens.size(1)) < length[:, None]
     reward = torch.tensor([rollout.scores[i].reward for i in picked])
     start = torch.tensor([len(p) for p in prompts])
-    tensors = ids, start, tokens, mask, reward, advantage[picked][:, None]
+    logps = pad_sequence([torch.tensor(rollout.logps[i]) for i in picked], batch_first=True)
+    advantage, weight = advantage[picked][:, None], weight[picked][:, None]
+    tensors = ids, start, tokens, mask, reward, advantage, logps, weight
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 
@@ -227,12 +246,12 @@ def unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 class Policy(nn.Module):
     """Log-probs (B, T) of the completions' tokens, in fp32 and at the sampling temperature, and
-    entropies.
+    entropies, with a gradient where they are trained.
     """
 
-    def __init__(self, gpt: GPT, temperature: float):
+    def __init__(self, gpt: GPT, temperature: float, train_entropy: bool = False):
         super().__init__()
-        self.gpt, self.temperature = gpt, temperature
+        self.gpt, self.temperature, self.train_entropy = gpt, temperature, train_entropy
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         logits = (
@@ -240,7 +259,7 @@ class Policy(nn.Module):
         )  # (n, V)
         logps = logits.log_softmax(dim=-1)
         logp = logps.gather(1, batch.tokens[batch.mask][:, None])[:, 0]
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.train_entropy and torch.is_grad_enabled()):
             entropy = -(logps.exp() * logps).sum(dim=-1)
         return unflatten(logp, batch.mask), unflatten(entropy, batch.mask)
 
@@ -264,24 +283,33 @@ class Critic(nn.Module):
 
 # ---------------------------------------------------------------- the three algorithms
 #
-# algo   advantage of a token            loss per token          extra network
-# ppo    GAE from the critic, KL in r    clipped ratio + value   critic
-# grpo   (r - group mean) / group std    clipped ratio + k3 KL   none
-# ei     1 if correct and unseen else 0  -logp                   none
+# algo       advantage of a token            loss per token           extra network
+# ppo        GAE from the critic, KL in r    clipped ratio + value    critic
+# grpo       (r - group mean) / group std    clipped ratio + k3 KL    none
+# reinforce  r - group mean                  -logp advantage + k3 KL  none
+# ei         1 if correct and unseen else 0  -logp                    none
 
 
-def token_rewards(batch: Batch, kl_coef: float) -> torch.Tensor:
-    """Rewards (B, T): the score on the last token, -kl_coef k1 on every one (arXiv 2203.02155,
-    equation 2).
+def kl_estimate(logp, ref_logp, kind: str) -> torch.Tensor:
+    """An estimate of the KL to the base at each token, of d = ref_logp - logp (Schulman 2020).
 
-    k1 = old_logp - ref_logp, unbiased for the KL to the base. In the loss its gradient would be
-    zero in expectation; in the reward it is the gradient of the KL.
+    k1 = -d, unbiased; k2 = d^2 / 2, biased, of low variance; k3 = e^d - d - 1, unbiased, never
+    negative. In the loss the gradient of k1 is zero in expectation; that of k2 is the KL's.
+    """
+    d = ref_logp - logp
+    return {"k1": lambda: -d, "k2": lambda: d**2 / 2, "k3": lambda: d.exp() - d - 1}[kind]()
+
+
+def token_rewards(batch: Batch, cfg) -> torch.Tensor:
+    """Rewards (B, T): the score on the last token, and -kl_coef KL on every one where the KL is
+    in the reward (arXiv 2203.02155, equation 2).
     """
     length = batch.mask.sum(dim=1)
     last = torch.arange(batch.mask.size(1), device=batch.mask.device) == length[:, None] - 1
     reward = batch.reward[:, None] * last
-    if kl_coef:
-        reward = reward - kl_coef * (batch.old_logp - batch.ref_logp) * batch.mask
+    if cfg.kl_coef and cfg.kl_in == "reward":
+        kl = kl_estimate(batch.old_logp, batch.ref_logp, cfg.kl_estimator)
+        reward = reward - cfg.kl_coef * kl * batch.mask
     return reward
 
 
@@ -302,18 +330,18 @@ def gae(reward, value, mask, gamma: float, lam: float) -> tuple[torch.Tensor, to
     return advantage, (advantage + value) * mask
 
 
-def group_advantage(reward: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(r - mean) / std of each reward within its group (arXiv 2402.03300, section 4.1.2), (N,) ->
-    (N,).
+def group_advantage(reward: torch.Tensor, group_size: int, scale: bool) -> torch.Tensor:
+    """r - mean of each reward within its group, divided by the group's std (arXiv 2402.03300,
+    section 4.1.2) where `scale` (arXiv 2503.20783 argues against); (N,) -> (N,).
 
     A group whose rewards are all equal says nothing, and gets exact zeros.
     """
     groups = reward.view(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
+    if scale:
+        centered = centered / groups.std(dim=1, keepdim=True).clamp(min=1e-6)
     differ = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
-    return torch.where(
-        differ, centered / groups.std(dim=1, keepdim=True).clamp(min=1e-6), 0.0
-    ).flatten()
+    return torch.where(differ, centered, 0.0).flatten()
 
 
 def first_correct(rollout: Rollout) -> torch.Tensor:
@@ -336,32 +364,31 @@ def clipped(logp, old_logp, advantage, clip_eps: float) -> torch.Tensor:
     return -torch.min(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
 
 
-def k3(logp, ref_logp) -> torch.Tensor:
-    """exp(d) - d - 1 with d = ref_logp - logp: unbiased for the KL to the base, never negative
-    (Schulman 2020).
-    """
-    difference = ref_logp - logp
-    return difference.exp() - difference - 1
-
-
 def clipped_value_loss(value, old_value, returns, clip: float) -> torch.Tensor:
     """max((V - R)^2, (V_clipped - R)^2) / 2, V_clipped within `clip` of the old value
-    (openai/baselines ppo2).
+    (openai/baselines ppo2);
+    (V - R)^2 / 2 where clip is 0.
     """
-    near = old_value + (value - old_value).clamp(-clip, clip)
+    near = old_value + (value - old_value).clamp(-clip, clip) if clip else value
     return torch.max((value - returns) ** 2, (near - returns) ** 2) / 2
 
 
-def ppo_loss(batch: Batch, logp, cfg) -> torch.Tensor:
-    return clipped(logp, batch.old_logp, batch.advantage, cfg.clip_eps)
+def clipped_loss(batch: Batch, logp, cfg) -> torch.Tensor:
+    return clipped(logp, batch.old_logp, batch.advantage, cfg.clip_eps) + kl_loss(batch, logp, cfg)
 
 
-def grpo_loss(batch: Batch, logp, cfg) -> torch.Tensor:
-    loss = clipped(logp, batch.old_logp, batch.advantage, cfg.clip_eps)
-    return loss + cfg.kl_coef * k3(logp, batch.ref_logp) if cfg.kl_coef else loss
+def reinforce_loss(batch: Batch, logp, cfg) -> torch.Tensor:
+    """-logp A, the policy gradient without ratio and clip (Williams 1992)."""
+    return -logp * batch.advantage + kl_loss(batch, logp, cfg)
 
 
-def ei_loss(batch: Batch, logp, cfg) -> torch.Tensor:
+def kl_loss(batch: Batch, logp, cfg):
+    if not cfg.kl_coef or cfg.kl_in != "loss":
+        return 0.0
+    return cfg.kl_coef * kl_estimate(logp, batch.ref_logp, cfg.kl_estimator)
+
+
+def imitation_loss(batch: Batch, logp, cfg) -> torch.Tensor:
     return -logp * batch.advantage
 
 
@@ -376,15 +403,19 @@ def rewards(rollout: Rollout) -> torch.Tensor:
     return torch.tensor([score.reward for score in rollout.scores])
 
 
+def group_relative(rollout: Rollout, cfg) -> torch.Tensor:
+    return group_advantage(rewards(rollout), cfg.group_size, cfg.scale_rewards)
+
+
+def group_centered(rollout: Rollout, cfg) -> torch.Tensor:
+    return group_advantage(rewards(rollout), cfg.group_size, False)
+
+
 ALGORITHMS = {
-    "ppo": Algorithm(lambda rollout, cfg: rewards(rollout), ppo_loss, True, True),
-    "grpo": Algorithm(
-        lambda rollout, cfg: group_advantage(rewards(rollout), cfg.group_size),
-        grpo_loss,
-        False,
-        True,
-    ),
-    "ei": Algorithm(lambda rollout, cfg: first_correct(rollout), ei_loss, False, False),
+    "ppo": Algorithm(lambda rollout, cfg: rewards(rollout), clipped_loss, True, True),
+    "grpo": Algorithm(group_relative, clipped_loss, False, True),
+    "reinforce": Algorithm(group_centered, reinforce_loss, False, True),
+    "ei": Algorithm(lambda rollout, cfg: first_correct(rollout), imitation_loss, False, False),
 }
 
 
@@ -405,11 +436,9 @@ class Trainer:
             self.module.parameters(), self.peak, betas, weight_decay=0.0, fused=True
         )
 
-    def update(
-        self, batches: list[Batch], token_loss: Callable, tokens: int, rate: float, context
-    ) -> float:
-        """One optimiser step on the mean of token_loss(batch) (B, T) over the `tokens` of all
-        ranks' batches.
+    def update(self, batches: list[Batch], token_loss: Callable, rate: float, context) -> float:
+        """One optimiser step on the sum of batch.weight x token_loss(batch) (B, T) over the tokens
+        of all ranks' batches.
 
         Returns the norm of the gradient. DDP averages over ranks what is a sum over them: hence
         the factor world.
@@ -418,7 +447,7 @@ class Trainer:
             with contextlib.nullcontext() if i == len(batches) - 1 else self.ddp.no_sync():
                 with context:
                     loss = token_loss(batch)
-                ((loss * batch.mask).sum() / tokens * self.processes.world).backward()
+                (loss * batch.weight * batch.mask).sum().mul(self.processes.world).backward()
         norm = clip_grad_norm_(self.module.parameters(), self.cfg.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * self.peak
@@ -427,29 +456,40 @@ class Trainer:
         return float(norm)
 
 
-def split_minibatches(
-    rollout: Rollout, advantage: torch.Tensor, step: int, cfg, processes: Processes
-):
-    """The rollout's rows, shuffled and dealt into minibatches: (its tokens over all ranks, this
-    rank's batches).
+def token_weights(lengths: list[int], cfg) -> list[float]:
+    """For completions of these lengths, a whole minibatch, the weight of each of their tokens in
+    its loss: the ONE normaliser, whatever the micro-batches and the ranks.
 
-    Completions that Expert Iteration does not learn from are left out.
+    token: every token weighs the same (DAPO, arXiv 2503.14476); sequence: every completion does
+    (arXiv 2402.03300); constant: as token, but whatever the lengths (arXiv 2503.20783).
     """
-    rows = (
-        range(len(advantage))
-        if ALGORITHMS[cfg.algo].on_policy
-        else advantage.nonzero()[:, 0].tolist()
-    )
+    rows = len(lengths)
+    return {"token": [1 / sum(lengths)] * rows, "sequence": [1 / (rows * n) for n in lengths],
+            "constant": [1 / (rows * cfg.max_new_tokens)] * rows}[cfg.loss_norm]  # fmt: skip
+
+
+def split_minibatches(rollout: Rollout, advantage: torch.Tensor, step: int, cfg, processes) -> list:
+    """The rollout's rows, shuffled and dealt into minibatches: for each, this rank's batches.
+
+    Completions that Expert Iteration does not learn from are left out. Where only the advantage
+    has a gradient, those without one are skipped: they count in the normaliser still.
+    """
+    algorithm, rows = ALGORITHMS[cfg.algo], range(len(advantage))
+    if not algorithm.on_policy:
+        rows = advantage.nonzero()[:, 0].tolist()
+    skips = not algorithm.critic and not cfg.kl_coef and not cfg.entropy_coef
     order = generator(cfg.seed, "minibatches", step).permutation(list(rows)).astype(int).tolist()
+    length, weight = [len(ids) for ids in rollout.completions], torch.zeros(len(advantage))
     minibatches = []
     for first in range(0, len(order), cfg.minibatch_size):
         whole = order[first : first + cfg.minibatch_size]
-        mine = whole[processes.rank :: processes.world]
-        parts = [
-            mine[i : i + cfg.micro_batch_size] for i in range(0, len(mine), cfg.micro_batch_size)
-        ]
-        batches = [make_batch(rollout, part, advantage, processes.device) for part in parts or [[]]]
-        minibatches.append((sum(len(rollout.completions[i]) for i in whole), batches))
+        weight[whole] = torch.tensor(token_weights([length[i] for i in whole], cfg))
+        mine = [i for i in whole if advantage[i] or not skips][processes.rank :: processes.world]
+        mine.sort(key=length.__getitem__)  # little padding in a micro-batch
+        size = cfg.micro_batch_size
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]
+        minibatches.append([make_batch(rollout, part, advantage, weight, processes.device)
+                            for part in parts])  # fmt: skip
     return minibatches
 
 
@@ -467,30 +507,31 @@ def prepare_batches(
             batch.old_logp = policy.module(batch)[0]
             batch.ref_logp = reference(batch)[0] if cfg.kl_coef else None
             batch.old_value = critic.module(batch) if critic else None
-    metrics = {}
+    differences = [((b.old_logp - b.sampled_logp) * b.mask).abs().max() for b in batches]
+    metrics = {"sampler_logp_diff": max(processes.gather(float(max(differences))))}
     if cfg.kl_coef:
-        kl = sum(float((k3(b.old_logp, b.ref_logp) * b.mask).sum()) for b in batches)
+        kl = sum(float((kl_estimate(b.old_logp, b.ref_logp, "k3") * b.mask).sum()) for b in batches)
         total, tokens = processes.sum(kl, sum(int(b.mask.sum()) for b in batches))
-        metrics["kl"] = total / tokens
+        metrics["kl"] = total / max(1, tokens)
     if critic:
         metrics["explained_variance"] = estimate_advantages(batches, cfg, processes)
     return metrics
 
 
 def estimate_advantages(batches: list[Batch], cfg, processes: Processes) -> float:
-    """PPO: GAE, whitened over the tokens of the whole rollout; returns the critic's explained
-    variance.
+    """PPO: GAE, whitened over the tokens of the whole rollout where cfg says so; returns the
+    critic's explained variance.
     """
     sums = np.zeros(7)
     for b in batches:
-        reward = token_rewards(b, cfg.kl_coef)
+        reward = token_rewards(b, cfg)
         b.advantage, b.returns = gae(reward, b.old_value, b.mask, cfg.gamma, cfg.gae_lambda)
         a, r, error = b.advantage[b.mask], b.returns[b.mask], (b.returns - b.old_value)[b.mask]
         sums += [float(x.double().sum()) for x in (a, a**2, r, r**2, error, error**2)] + [len(a)]
     *moments, n = processes.sum(*sums)
     mean, square, r_mean, r_square, e_mean, e_square = (m / n for m in moments)
     std = max(square - mean**2, 0) ** 0.5
-    for b in batches:
+    for b in batches if cfg.whiten else ():
         b.advantage = (b.advantage - mean) / (std + 1e-8) * b.mask
     return_variance = r_square - r_mean**2
     return 1 - (e_square - e_mean**2) / return_variance if return_variance > 1e-12 else 0.0
@@ -505,9 +546,10 @@ def learn(
     minibatches = split_minibatches(rollout, advantage, step, cfg, processes)
     metrics = {}
     if algorithm.on_policy:
-        batches = [batch for _, parts in minibatches for batch in parts]
+        batches = [batch for parts in minibatches for batch in parts]
         metrics = prepare_batches(batches, policy, critic, reference, cfg, context, processes)
-    sums, first_deviation = {"entropy": 0.0, "clip_fraction": 0.0, "tokens": 0.0}, 0.0
+    sums = {"entropy": 0.0, "clip_fraction": 0.0, "kl_previous": 0.0, "tokens": 0.0}
+    first_deviation = 0.0
     updates, done, norms = cfg.epochs * len(minibatches), 0, [0.0]
 
     def policy_loss(batch: Batch) -> torch.Tensor:
@@ -519,23 +561,25 @@ def learn(
             if algorithm.on_policy:
                 deviation = ((logp - batch.old_logp).exp() - 1).abs() * batch.mask
                 sums["clip_fraction"] += float((deviation > cfg.clip_eps).sum())
+                sums["kl_previous"] += float(kl_estimate(logp, batch.old_logp, "k3").sum())
                 if done == 0:
                     first_deviation = max(first_deviation, float(deviation.max()))
-        return algorithm.loss(batch, logp, cfg)
+        loss = algorithm.loss(batch, logp, cfg)
+        return loss - cfg.entropy_coef * entropy if cfg.entropy_coef else loss
 
     def value_loss(batch: Batch) -> torch.Tensor:
         return clipped_value_loss(critic.ddp(batch), batch.old_value, batch.returns, cfg.value_clip)
 
     for _ in range(cfg.epochs):
-        for tokens, parts in minibatches:
+        for parts in minibatches:
             # the share of the schedule that is behind us: of the round where it starts from the
             # base again
             share = (done + 1) / updates
             progress = share if restarts(cfg) else (step + share) / cfg.max_steps
             rate = schedule(progress, cfg.warmup, cfg.min_learning_rate)
-            norms.append(policy.update(parts, policy_loss, tokens, rate, context))
+            norms.append(policy.update(parts, policy_loss, rate, context))
             if critic:
-                critic.update(parts, value_loss, tokens, rate, context)
+                critic.update(parts, value_loss, rate, context)
             done += 1
     totals = dict(zip(sums, processes.sum(*sums.values())))
     tokens = max(1.0, totals.pop("tokens"))
@@ -545,6 +589,24 @@ def learn(
         raise UserError(f"the gradient is not finite at step {step}: "
                         "lower --learning_rate; the last checkpoint is kept")  # fmt: skip
     return {**metrics, "grad_norm": max(norms), "lr": policy.optimizer.param_groups[0]["lr"]}
+
+
+def advice(rows: list[dict]) -> list[str]:
+    """What a practitioner would say of a run's training rows, where something is off."""
+    first, last = rows[0], rows[-1]
+    often, other = ("always", "harder") if last["reward"] == 1 else ("never", "easier")
+    signs = {
+        f"no question had both right and wrong completions, the base {often} succeeds: take {other}"
+        " questions, a larger --group_size or another base":
+            not any(row["informative"] for row in rows),
+        f"the policy is {last.get('kl', 0):.1f} nats a token away from the base: raise --kl_coef "
+        "or lower --learning_rate": last.get("kl", 0) > 1,
+        "entropy is gone, nothing new is tried any more: lower --learning_rate, or raise --kl_coef "
+        "or --entropy_coef": last["entropy"] < 0.01 < first["entropy"],
+        f"{last['truncated']:.0%} of the completions are cut: raise --max_new_tokens":
+            last["truncated"] > 0.5,
+    }  # fmt: skip
+    return [sentence for sentence, holds in signs.items() if holds]
 
 
 def restarts(cfg) -> bool:
@@ -589,7 +651,9 @@ def evaluate(
             processes,
             seconds,
         )
-        for (question, _), ids, text, score in zip(repeated, *rollout[1:]):
+        for (question, _), ids, text, score in zip(
+            repeated, rollout.completions, rollout.texts, rollout.scores
+        ):
             samples.append({**question._asdict(), "completion": text, **score._asdict(),
                             "greedy": greedy, "length": len(ids),
                             "truncated": ids[-1] != encoding.eot_token})  # fmt: skip
@@ -650,11 +714,17 @@ def check(cfg: Config) -> None:
                      "top_p", "minibatch_size", "micro_batch_size", "epochs", "learning_rate",
                      "critic_learning_rate", "max_steps", "eval_every", "sample_batch_size",
                      "save_every", "log_every", "time_limit")  # fmt: skip
-    if cfg.algo == "grpo" and cfg.group_size < 2:
-        raise UserError("--group_size=1 gives grpo nothing to compare: use 2 or more")
-    if cfg.algo in ("ppo", "grpo") and cfg.top_p != 1:
+    if cfg.algo in ("grpo", "reinforce") and cfg.group_size < 2:
+        raise UserError(f"--group_size=1 gives {cfg.algo} nothing to compare: use 2 or more")
+    if cfg.algo in ("ppo", "grpo", "reinforce") and cfg.top_p != 1:
         raise UserError(f"--top_p={cfg.top_p}: {cfg.algo} trains the untruncated distribution, so "
                         "it must sample from it: use --top_p=1")  # fmt: skip
+    if cfg.algo in ("grpo", "reinforce") and cfg.kl_in == "reward" and cfg.kl_coef:
+        raise UserError(f"{cfg.algo} has one reward for a completion, not one for each token: use "
+                        "--kl_in=loss")  # fmt: skip
+    if cfg.kl_in == "loss" and cfg.kl_estimator == "k1" and cfg.kl_coef and cfg.algo != "ei":
+        raise UserError("the gradient of k1 in the loss is zero in expectation: use "
+                        "--kl_estimator=k3 or k2, or --kl_in=reward")  # fmt: skip
     if (
         min(cfg.kl_coef, cfg.eval_k, cfg.eval_temperature) < 0
         or not 0 < cfg.eval_top_p <= 1
@@ -709,14 +779,15 @@ def main(cfg: Config) -> dict:
     test_pairs = fitting(test_set, encoding, context_size, cfg.max_new_tokens)
     if not test_pairs or not (train_pairs or evaluates):
         raise UserError(f"no question fits: a context of {context_size} tokens less "
-                        f"--max_new_tokens={cfg.max_new_tokens} is too little, lower it or pretrain "
-                        "with a longer --context")  # fmt: skip
+                        f"--max_new_tokens={cfg.max_new_tokens} is too little, lower it or "
+                        "pretrain with a longer --context")  # fmt: skip
     step, state = 0, open_run(cfg, processes)
     if processes.rank == 0 and not base_file.exists():
         save_checkpoint(base_file, model_state(base, tokenizer))
 
     model, reference = copy.deepcopy(base), Policy(base, cfg.temperature).requires_grad_(False)
-    policy = Trainer(Policy(model, cfg.temperature), cfg.learning_rate, cfg, processes)
+    network = Policy(model, cfg.temperature, train_entropy=cfg.entropy_coef != 0)
+    policy = Trainer(network, cfg.learning_rate, cfg, processes)
     critic = (
         Trainer(Critic(base), cfg.critic_learning_rate, cfg, processes)
         if cfg.algo == "ppo"
@@ -803,6 +874,10 @@ def main(cfg: Config) -> dict:
     log.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; "
             f"{folder}/echo.png ({time.perf_counter() - started:.0f} s)\n")  # fmt: skip
     log.say(table({f"step {row['step']}": row for row in (first, last)}))
+    if processes.rank == 0 and not evaluates:
+        rows = map(json.loads, open(folder / "metrics.jsonl"))
+        for sentence in advice([row for row in rows if row["kind"] == "train"]):
+            log.say(f"note: {sentence}")
     dist.barrier()
     return last
 

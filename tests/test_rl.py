@@ -36,13 +36,15 @@ def random_rollout(rewards, prompt_lengths=(3, 5, 2, 7), seed=0) -> Rollout:
     lengths = torch.randint(1, 7, (count,), generator=draw).tolist()
     prompts = [ids(prompt_lengths[i % len(prompt_lengths)]) for i in range(count)]
     scores = [Score(r, "text", None, None) for r in rewards]
-    return Rollout(prompts, [ids(n) for n in lengths], [""] * count, scores)
+    return Rollout(prompts, [ids(n) for n in lengths], [""] * count, scores,
+                   [[0.0] * n for n in lengths])  # fmt: skip
 
 
 def batch_of(rollout, rows=None, advantage=None) -> Batch:
     rows = list(range(len(rollout.prompts))) if rows is None else rows
     advantage = torch.ones(len(rollout.prompts)) if advantage is None else advantage
-    return rl.make_batch(rollout, rows, advantage, CPU.device)
+    weight = torch.full((len(rollout.prompts),), 0.5)
+    return rl.make_batch(rollout, rows, advantage, weight, CPU.device)
 
 
 # ---------------------------------------------------------------- advantages
@@ -72,23 +74,30 @@ def test_what_is_behind_the_last_token_changes_no_advantage():
 @pytest.mark.parametrize("length", [1, 2, 6])
 def test_the_reward_is_on_the_last_token_even_of_a_one_token_answer(length):
     """trl#2575 put it elsewhere."""
-    rollout = Rollout([[1, 2]], [[3] * length], [""], [Score(1.0, "text", None, None)])
+    rollout = Rollout([[1, 2]], [[3] * length], [""], [Score(1.0, "text", None, None)],
+                      [[0.0] * length])  # fmt: skip
     batch = batch_of(rollout)
     batch.old_logp, batch.ref_logp = torch.full((1, length), -1.0), torch.full((1, length), -3.0)
-    assert rl.token_rewards(batch, 0.0).tolist() == [[0.0] * (length - 1) + [1.0]]
-    torch.testing.assert_close(rl.token_rewards(batch, 0.1)[0, -1], torch.tensor(1.0 - 0.1 * 2))
-    assert torch.allclose(rl.token_rewards(batch, 0.1)[0, :-1], torch.tensor(-0.1 * 2))
+    assert rl.token_rewards(batch, Config(kl_coef=0.0)).tolist() == [[0.0] * (length - 1) + [1.0]]
+    torch.testing.assert_close(rl.token_rewards(batch, Config(kl_coef=0.1))[0, -1], torch.tensor(1.0 - 0.1 * 2))
+    assert torch.allclose(rl.token_rewards(batch, Config(kl_coef=0.1))[0, :-1], torch.tensor(-0.1 * 2))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 def test_a_group_of_equal_rewards_has_exactly_no_advantage(value):
     """A standard deviation of zero made NaN, or a million (NeMo-RL#1518)."""
     advantage = rl.group_advantage(
-        torch.tensor([value] * 8 + [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), 8
+        torch.tensor([value] * 8 + [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), 8, True
     )
     assert advantage[:8].tolist() == [0.0] * 8
     assert advantage[9] > 0 > advantage[8] and abs(float(advantage.sum())) < 1e-5
     assert float(advantage[8:].std()) == pytest.approx(1, abs=1e-5)
+
+
+def test_without_scaling_the_advantage_is_the_distance_from_the_group_mean():
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    advantage = rl.group_advantage(reward, 4, False)
+    assert advantage.tolist() == [0.75, -0.25, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_expert_iteration_learns_from_correct_completions_once():
@@ -98,11 +107,12 @@ def test_expert_iteration_learns_from_correct_completions_once():
         [[5, 0], [5, 0], [6, 0], [5, 0]],
         [""] * 4,
         [right, right, wrong, right],
+        [[0.0, 0.0]] * 4,
     )
     assert rl.first_correct(rollout).tolist() == [1.0, 0.0, 0.0, 1.0]
     cfg = Config(algo="ei", minibatch_size=8)
-    ((tokens, (batch,)),) = rl.split_minibatches(rollout, rl.first_correct(rollout), 0, cfg, CPU)
-    assert tokens == 4 and batch.ids.size(0) == 2
+    ((batch,),) = rl.split_minibatches(rollout, rl.first_correct(rollout), 0, cfg, CPU)
+    assert batch.ids.size(0) == 2 and batch.weight.flatten().tolist() == [1 / 4, 1 / 4]
 
 
 # ---------------------------------------------------------------- log-probs and losses
@@ -145,8 +155,8 @@ def test_log_probs_are_computed_in_fp32_under_bfloat16(gpt):
 def test_k3_is_never_negative_and_its_mean_is_the_kl():
     logp, ref_logp = torch.randn(3).log_softmax(0).double(), torch.randn(3).log_softmax(0).double()
     p = logp.exp()
-    k3 = rl.k3(logp, ref_logp)
-    assert (k3 >= 0).all() and rl.k3(logp, logp).abs().max() == 0
+    k3 = rl.kl_estimate(logp, ref_logp, "k3")
+    assert (k3 >= 0).all() and rl.kl_estimate(logp, logp, "k3").abs().max() == 0
     torch.testing.assert_close((p * k3).sum(), (p * (logp - ref_logp)).sum())
 
 
@@ -167,9 +177,47 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_in_the_loss_none():
     tokens = torch.arange(3)[:, None]
     batch = Batch(tokens, torch.zeros(3), tokens, torch.ones(3, 1, dtype=torch.bool), torch.zeros(3), torch.zeros(3, 1),
                   old_logp=logp.detach()[:, None], ref_logp=ref_logp[:, None])  # fmt: skip
-    batch.advantage = rl.token_rewards(batch, 1.0)
-    loss = (p[:, None] * rl.ppo_loss(batch, logp[:, None], Config())).sum()
+    batch.advantage = rl.token_rewards(batch, Config(kl_coef=1.0))
+    loss = (p[:, None] * rl.clipped_loss(batch, logp[:, None], Config())).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], kl_gradient)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_in_the_loss_k2_has_the_gradient_of_the_kl_and_k3_that_of_the_reverse_kl(kind):
+    """By enumeration of three tokens, each with its probability as weight, on the policy itself.
+    The gradient of k3 is E[(1 - pi_ref / pi) grad log pi], that of KL(pi_ref, pi).
+    """
+    logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
+    ref_logp = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    logp = logits.log_softmax(0)
+    exact = {"k2": (logp.exp() * (logp - ref_logp)).sum(),
+             "k3": (ref_logp.exp() * (ref_logp - logp)).sum()}[kind]  # fmt: skip
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    batch = Batch(*[torch.zeros(3, 1)] * 6, ref_logp=ref_logp[:, None])
+    cfg = Config(kl_in="loss", kl_estimator=kind, kl_coef=0.5)
+    loss = (logp.detach().exp()[:, None] * rl.kl_loss(batch, logp[:, None], cfg)).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], 0.5 * expected)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "reinforce"])
+def test_on_policy_every_loss_has_the_policy_gradient_by_enumeration(algo):
+    """The gradient of E[r] over three tokens, by its definition and by the loss."""
+    logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
+    reward = torch.tensor([1.0, 0.0, 0.2], dtype=torch.float64)
+    logp = logits.log_softmax(0)
+    (expected,) = torch.autograd.grad((logp.exp() * reward).sum(), logits, retain_graph=True)
+    batch = Batch(*[torch.zeros(3, 1)] * 5, reward[:, None], old_logp=logp.detach()[:, None])
+    token_loss = rl.ALGORITHMS[algo].loss(batch, logp[:, None], Config(kl_coef=0.0))
+    (found,) = torch.autograd.grad((logp.detach().exp()[:, None] * token_loss).sum(), logits)
+    torch.testing.assert_close(-found, expected)
+
+
+@pytest.mark.parametrize("norm, weights", [
+    ("token", [1 / 10] * 3), ("sequence", [1 / 15, 1 / 6, 1 / 9]), ("constant", [1 / 60] * 3),
+])  # fmt: skip
+def test_the_loss_has_one_normaliser(norm, weights):
+    found = rl.token_weights([5, 2, 3], Config(loss_norm=norm, max_new_tokens=20))
+    assert found == pytest.approx(weights)
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
@@ -230,18 +278,46 @@ def make_gpt():
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "grpo", "ei"])
+@pytest.mark.parametrize("algo, norm", [("ppo", "token"), ("grpo", "sequence"), ("ei", "token"),
+                                        ("reinforce", "constant")])  # fmt: skip
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_the_gradient_is_the_same_for_every_way_to_split_a_minibatch(algo, micro_batch_size):
+def test_the_gradient_is_the_same_for_every_way_to_split_a_minibatch(algo, norm, micro_batch_size):
     """Sequences of unequal length, averaged per micro-batch, are weighed wrongly (trl#2647)."""
-    split, _ = learn_once(make_gpt, algo, REWARDS, micro_batch_size)
-    whole, _ = learn_once(make_gpt, algo, REWARDS, 8)
+    split, _ = learn_once(make_gpt, algo, REWARDS, micro_batch_size, loss_norm=norm)
+    whole, _ = learn_once(make_gpt, algo, REWARDS, 8, loss_norm=norm)
     assert any(g.abs().max() > 1e-3 for g in whole)
     for left, right in zip(split, whole):
         torch.testing.assert_close(left, right, atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_skipping_completions_without_signal_changes_no_gradient(monkeypatch):
+    """Groups of equal rewards have nothing to say to grpo without a KL, but they still count."""
+    rewards = [0.0] * 4 + [1.0, 0.0, 0.0, 1.0]
+    skipped, _ = learn_once(make_gpt, "grpo", rewards, 2, kl_coef=0.0)
+    kept, _ = learn_once(make_gpt, "grpo", rewards, 2, kl_coef=1e-30)  # a KL: all rows are needed
+    assert any(g.abs().max() > 1e-3 for g in kept)
+    for left, right in zip(skipped, kept):
+        torch.testing.assert_close(left, right, atol=2e-6, rtol=1e-4)
+
+
+def test_a_bonus_for_entropy_raises_it():
+    def entropy_after(coef):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(vocab_size=9, context=4, width=16, layers=1, heads=2, init_std=0.5))
+        cfg = Config(algo="grpo", minibatch_size=8, group_size=8, kl_coef=0.0, max_steps=1,
+                     learning_rate=1e-2, warmup=0.0, entropy_coef=coef, epochs=20)  # fmt: skip
+        policy = Trainer(Policy(gpt, 1.0, train_entropy=coef != 0), 1e-2, cfg, CPU)
+        scores = [Score(0.0, "text", None, None)] * 8
+        rollout = Rollout([[1]] * 8, [[arm] for arm in range(8)], [""] * 8, scores, [[0.0]] * 8)
+        rl.learn(rollout, 0, policy, None, None, cfg, FLOAT32, CPU)
+        p = gpt(torch.tensor([[1]]))[0, -1].softmax(-1).detach()
+        return float(-(p * p.log()).sum())
+
+    setup_distributed("cpu")
+    assert entropy_after(0.1) > entropy_after(0.0) + 0.05
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "reinforce"])
 @pytest.mark.parametrize("micro_batch_size", [2, 3, 8])
 def test_before_the_first_update_every_ratio_is_exactly_1_at_t_0_7(algo, micro_batch_size):
     """Log-probs at T = 1 of samples at T = 0.7 (trl#3029)."""
@@ -250,7 +326,7 @@ def test_before_the_first_update_every_ratio_is_exactly_1_at_t_0_7(algo, micro_b
 
 
 def test_a_rollout_without_signal_gives_a_finite_zero_gradient():
-    for algo in ("grpo", "ei"):
+    for algo in ("grpo", "reinforce", "ei"):
         gradients, metrics = learn_once(make_gpt, algo, [0.0] * 8, 3, kl_coef=0.0)
         assert all(g.abs().max() == 0 for g in gradients) and metrics["grad_norm"] == 0.0
 
@@ -259,7 +335,7 @@ def test_a_rank_without_rows_has_a_batch_that_counts_nothing(gpt):
     batch = batch_of(random_rollout(REWARDS), [])
     logp, _ = Policy(gpt, 1.0)(batch)
     loss = (
-        rl.ppo_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config()) * batch.mask
+        rl.clipped_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config()) * batch.mask
     ).sum()
     loss.backward()
     assert float(loss.detach()) == 0 and all(
@@ -267,7 +343,7 @@ def test_a_rank_without_rows_has_a_batch_that_counts_nothing(gpt):
     )
 
 
-@pytest.mark.parametrize("algo, steps", [("ppo", 40), ("grpo", 40), ("ei", 1)])
+@pytest.mark.parametrize("algo, steps", [("ppo", 40), ("grpo", 40), ("reinforce", 60), ("ei", 1)])
 def test_each_algorithm_learns_the_token_that_is_rewarded(algo, steps):
     """A bandit of 8 arms: one prompt, one token, reward for token 5."""
     setup_distributed("cpu")
@@ -286,9 +362,9 @@ def test_each_algorithm_learns_the_token_that_is_rewarded(algo, steps):
         scores = [Score(float(arm == 5), "text", None, None) for arm in arms]
         # the de-duplication of ei leaves one completion; a prompt apart for each keeps them all
         # the same
-        rollout = Rollout([[1]] * 64, [[arm] for arm in arms], [""] * 64, scores)
+        rollout = Rollout([[1]] * 64, [[arm] for arm in arms], [""] * 64, scores, [[0.0]] * 64)
         rl.learn(rollout, step, policy, critic, None, cfg, FLOAT32, CPU)
-    assert float(gpt(torch.tensor([[1]]))[0, -1].softmax(-1)[5]) > 0.9
+    assert float(gpt(torch.tensor([[1]]))[0, -1].softmax(-1)[5].detach()) > 0.9
     assert any(not torch.equal(base[name], value) for name, value in gpt.state_dict().items())
 
 
@@ -467,3 +543,14 @@ def test_presets_depend_on_the_algorithm():
 def test_snapshots_are_logarithmic_and_include_the_ends():
     steps = sorted(rl.snapshot_steps(1000))
     assert len(steps) == 15 and steps[0] == 1 and steps[-1] == 1000 and steps[7] == 32
+
+
+@pytest.mark.parametrize("row, hint", [
+    ({"informative": 0.0}, "never succeeds"), ({"informative": 0.0, "reward": 1.0}, "always succeeds"),
+    ({"kl": 3.0}, "away from the base"), ({"entropy": 1e-4}, "entropy is gone"),
+    ({"truncated": 0.9}, "--max_new_tokens"), ({}, None),
+])  # fmt: skip
+def test_a_run_that_went_wrong_says_so_in_plain_words(row, hint):
+    fine = {"informative": 0.5, "reward": 0.5, "kl": 0.1, "entropy": 0.3, "truncated": 0.0}
+    said = rl.advice([{**fine, "informative": row.get("informative", 0.5)}, {**fine, **row}])
+    assert len(said) == (hint is not None) and all(hint in sentence for sentence in said)
