@@ -1,5 +1,4 @@
-"""Pretrains a GPT on a mixture of corpora: `torchrun pretrain.py`, from one CPU process to many
-GPUs.
+"""Pretrains a GPT on a mixture of corpora: `torchrun pretrain.py`, on a CPU or on many GPUs.
 
 Reads token files (made on first use), writes out_dir: config.json, mixture.json, metrics.jsonl,
 ckpt.pt. Run it again to continue an unfinished run. The plumbing that rl.py shares
@@ -93,8 +92,7 @@ PRESETS = {
 
 
 def parse_config(cls, presets: dict, argv: list[str]):
-    """An instance of dataclass `cls` from defaults < presets < --config=FILE.json < flags, in
-    that order.
+    """An instance of dataclass `cls`, from its defaults < presets < --config=FILE.json < flags.
 
     Every preset applies whose words are all among the chosen preset and algo. Flags read
     --key=value or --key value. Raises UserError on what it does not know, with the nearest name.
@@ -132,9 +130,8 @@ def parse_value(name: str, text: str, kind):
         choices = typing.get_args(kind)
         if text in choices:
             return text
-        raise UserError(
-            f"--{name}={text}: choose from {', '.join(choices)}{nearest(text, choices)}"
-        )
+        close = nearest(text, choices)
+        raise UserError(f"--{name}={text}: choose from {', '.join(choices)}{close}")
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
@@ -183,22 +180,16 @@ class Processes(typing.NamedTuple):
 
 
 def setup_distributed(device: str) -> Processes:
-    """Joins the process group that torchrun describes, or a group of one; nccl on cuda, else
-    gloo.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, neighbours = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
+    """Joins the process group that torchrun describes, or a group of one."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    rank, world, local, neighbours = (int(os.environ.get(*name)) for name in names)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device={device} cannot be used here ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={device} cannot be used here ({reason})") from None
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")
@@ -212,17 +203,13 @@ def setup_distributed(device: str) -> Processes:
         ctypes.CDLL(None).mallopt(-1, 1 << 30)
     if not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
-        alone = (
-            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        )
-        dist.init_process_group(backend, **alone)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     return Processes(rank, world, place)
 
 
 def autocast(dtype: str, device: torch.device):
-    """The autocast context of --dtype. "auto" is bfloat16 on cuda, and on a CPU whose AMX units
-    multiply it.
-    """
+    """The autocast context of --dtype: "auto" is bfloat16 on cuda and on a CPU with AMX units."""
     if dtype == "auto":
         amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
         dtype = "bfloat16" if device.type == "cuda" or amx else "float32"
@@ -248,9 +235,7 @@ class StopSignal:
 
 
 def launch(main, cls, presets: dict) -> None:
-    """Runs main(config) as a script does: a user's mistake is one sentence on one rank, and exit
-    status 2.
-    """
+    """Runs main(config) as a script: a user's mistake is one sentence, and exit status 2."""
     try:
         main(parse_config(cls, presets, sys.argv[1:]))
     except UserError as error:
@@ -266,17 +251,15 @@ def launch(main, cls, presets: dict) -> None:
 
 
 def open_run(cfg, processes: Processes) -> dict | None:
-    """Prepares cfg.out_dir on rank 0 and returns the checkpoint to continue from, None for a new
-    run.
+    """Prepares cfg.out_dir and returns the checkpoint to continue from, None for a new run.
 
     Raises UserError where the folder holds a run of another configuration.
     """
     folder = Path(cfg.out_dir)
     if processes.rank == 0 and cfg.overwrite and folder.exists():
         if any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise UserError(
-                f"{folder} is not a run's folder: it is not overwritten, choose another --out_dir"
-            )
+            raise UserError(f"{folder} is not a run's folder: it is not overwritten, choose "
+                            "another --out_dir")  # fmt: skip
         shutil.rmtree(folder)
     dist.barrier()
     file, ours = folder / "config.json", dataclasses.asdict(cfg)
@@ -298,19 +281,16 @@ def open_run(cfg, processes: Processes) -> dict | None:
 
 def describe(processes: Processes) -> dict:
     """What a run's config.json says of where it ran."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True)  # fmt: skip
     return {"argv": sys.argv, "git_commit": git.stdout.strip(), "torch_version": torch.__version__,
             "device": str(processes.device), "world_size": processes.world}  # fmt: skip
 
 
 class RunLog:
-    """Appends rows to metrics.jsonl and shows them: a tqdm bar on a terminal, plain lines in a
-    log.
+    """Appends rows to metrics.jsonl, and shows them: a bar on a terminal, lines elsewhere.
 
-    Only rank 0 writes. A run that continues drops the rows behind its checkpoint: they will come
-    again.
+    Rank 0 alone writes. A run that continues drops the rows behind its checkpoint: they come again.
     """
 
     def __init__(self, cfg, processes: Processes, total: int, step: int, size: int):
@@ -318,9 +298,8 @@ class RunLog:
         if self.active:
             self.file = open(Path(cfg.out_dir) / "metrics.jsonl", "ab")
             self.file.truncate(size)
-        self.bar = tqdm(
-            total=total, initial=step, unit="step", disable=None if self.active else True
-        )
+        hidden = None if self.active else True  # None: hidden unless on a terminal
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=hidden)
 
     def write(self, row: dict) -> None:
         if not self.active:
@@ -377,22 +356,16 @@ def load_checkpoint(path: Path, device) -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist: run `torchrun pretrain.py` first, or name another run"
-        ) from None
+        raise UserError(f"{path} does not exist: run `torchrun pretrain.py` first, or name "
+                        "another run") from None  # fmt: skip
     except Exception:  # zipfile, pickle and torch each have errors of their own for a damaged file
-        raise UserError(
-            f"{path} is not a readable checkpoint: delete it, or name another"
-        ) from None
+        raise UserError(f"{path} is no readable checkpoint: delete it, or name another") from None
 
 
 def model_state(model: GPT, tokenizer: str) -> dict:
     """What load_model needs."""
-    return {
-        "model": model.state_dict(),
-        "gpt": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer,
-    }
+    return {"model": model.state_dict(), "gpt": dataclasses.asdict(model.config),
+            "tokenizer": tokenizer}  # fmt: skip
 
 
 def load_model(path: str | Path, device) -> tuple[GPT, str]:
@@ -405,17 +378,14 @@ def load_model(path: str | Path, device) -> tuple[GPT, str]:
         model.load_state_dict(state["model"])
         return model, state["tokenizer"]
     except (KeyError, TypeError, RuntimeError):
-        raise UserError(
-            f"{path} holds a model of another architecture: pretrain it again"
-        ) from None
+        raise UserError(f"{path} holds another architecture: pretrain it again") from None
 
 
 # ---------------------------------------------------------------- pretraining
 
 
 def schedule(progress: float, warmup: float, floor: float) -> float:
-    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine down to
-    `floor`.
+    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine to `floor`.
 
     `progress` in (0, 1] is the share of the run that is done after this update, so the first rate
     is above 0.
