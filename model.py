@@ -113,6 +113,37 @@ class Block(nn.Module):
         return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target] in nats, and its gradient in the same pass.
+
+    hidden (N, C), weight (V, C), targets (N,), of which -1 counts nothing. Logits exist for one
+    chunk of tokens at a time, and none is kept for the backward pass (as in arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, train: bool):
+        chunk = 512 if hidden.device.type == "cpu" else 2048  # tokens: fits a cache, fills a GPU
+        loss, d_hidden, d_weight = 0.0, torch.zeros_like(hidden), torch.zeros_like(weight)
+        for x, y, dx in zip(hidden.split(chunk), targets.split(chunk), d_hidden.split(chunk)):
+            counts, y = (y >= 0)[:, None], y.clamp(min=0)[:, None]  # (n, 1)
+            logits = F.linear(x, weight)  # (n, V)
+            exact = torch.promote_types(logits.dtype, torch.float32)  # at least, in bf16 autocast
+            logp = logits.log_softmax(dim=-1, dtype=exact)
+            loss = loss - (logp.gather(1, y) * counts).sum()
+            if train:  # the gradient at the logits: softmax - one-hot
+                d_logits = logp.exp_().scatter_add_(1, y, torch.full_like(logp[:, :1], -1))
+                d_logits = d_logits.to(logits.dtype)
+                dx.copy_(d_logits @ weight * counts)
+                d_weight += d_logits.t() @ (x * counts)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss, d_weight * d_loss, None, None
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -149,9 +180,15 @@ class GPT(nn.Module):
             x = block(x, rope, mask, cache, layer)
         return F.layer_norm(x, x.shape[-1:])
 
-    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits (B, T, V) of the token after each of ids (B, T)."""
-        return self.head(self.hidden(ids, cache))
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None, targets=None):
+        """Logits (B, T, V) of the token after each of ids (B, T); with targets (B, T), the sum of
+        their cross-entropies in nats instead, where -1 counts nothing.
+        """
+        hidden = self.hidden(ids, cache)
+        if targets is None:
+            return self.head(hidden)
+        hidden, train = hidden.flatten(0, 1), torch.is_grad_enabled()  # no gradient in evaluation
+        return CrossEntropy.apply(hidden, self.head.weight, targets.flatten(), train)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """Groups for AdamW: the study decays every weight, and there are no gains or biases to

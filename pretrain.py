@@ -26,7 +26,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -408,10 +407,7 @@ def load_mixture(cfg: Config, processes: Processes) -> Mixture:
 
 def next_token_loss(model, blocks: torch.Tensor) -> torch.Tensor:
     """Sum of the cross-entropies of blocks (B, T + 1), in nats; rows of -1 count nothing."""
-    logits = model(blocks[:, :-1].clamp(min=0))  # (B, T, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), blocks[:, 1:].flatten(), ignore_index=-1, reduction="sum"
-    )
+    return model(blocks[:, :-1].clamp(min=0), targets=blocks[:, 1:])
 
 
 def accumulate(
