@@ -40,9 +40,7 @@ class KVCache:
         self.filled = 0  # the longest row, known without asking the device
 
     def advance(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes room for T more tokens in each row; returns positions (B, T) and mask (B, 1, T,
-        S).
-        """
+        """Room for T more tokens in each row: their positions (B, T), and a mask (B, 1, T, S)."""
         self.filled += T
         if self.filled > self.k.size(3):
             raise ValueError(f"the cache holds {self.k.size(3)} tokens a row, {self.filled} needed")
@@ -52,9 +50,7 @@ class KVCache:
         return self.positions, (steps <= self.positions[:, :, None])[:, None]
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Writes k, v (B, H, T, D) at the rows' own slots; returns all that is filled, (B, H, S,
-        D).
-        """
+        """Writes k, v (B, H, T, D) at the rows' own slots; returns all filled, (B, H, S, D)."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)
@@ -66,12 +62,11 @@ class KVCache:
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864): turns x (B, H, T, D) by the angles in rope (2, ..., T,
-    D/2).
+    """Rotary positions (arXiv 2104.09864): turns the halves (a, b) of each x[..., D] of
+    (B, H, T, D) to (a cos - b sin, b cos + a sin); rope (2, ..., T, D) holds cos and -+sin.
     """
-    a, b = x.chunk(2, dim=-1)
     cos, sin = rope.unbind(0)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -84,8 +79,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None, layer=0):
         B, T, C = x.shape
         q, k, v = (
-            self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # each (B, H, T, D)
+            part.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, H, S, D): the past and the present
@@ -117,48 +113,82 @@ class Block(nn.Module):
         return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target] in nats, and its gradient in the same pass.
+
+    hidden (N, C), weight (V, C), targets (N,), of which -1 counts nothing. Logits exist for one
+    chunk of tokens at a time, and none is kept for the backward pass (as in arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, train: bool):
+        chunk = 512 if hidden.device.type == "cpu" else 2048  # tokens: fits a cache, fills a GPU
+        loss, d_hidden, d_weight = 0.0, torch.zeros_like(hidden), torch.zeros_like(weight)
+        for x, y, dx in zip(hidden.split(chunk), targets.split(chunk), d_hidden.split(chunk)):
+            counts, y = (y >= 0)[:, None], y.clamp(min=0)[:, None]  # (n, 1)
+            logits = F.linear(x, weight)  # (n, V)
+            exact = torch.promote_types(logits.dtype, torch.float32)  # at least, in bf16 autocast
+            logp = logits.log_softmax(dim=-1, dtype=exact)
+            loss = loss - (logp.gather(1, y) * counts).sum()
+            if train:  # the gradient at the logits: softmax - one-hot
+                d_logits = logp.exp_().scatter_add_(1, y, torch.full_like(logp[:, :1], -1))
+                d_logits = d_logits.to(logits.dtype)
+                dx.copy_(d_logits @ weight * counts)
+                d_weight += d_logits.t() @ (x * counts)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss, d_weight * d_loss, None, None
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.width % (2 * config.heads):
-            raise ValueError(
-                f"width {config.width} must be a multiple of 2 x heads ({config.heads})"
-            )
+            raise ValueError(f"width {config.width} must be a multiple of 2 x heads "
+                             f"({config.heads})")  # fmt: skip
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        std = config.init_std
         for w in self.parameters():
-            nn.init.trunc_normal_(
-                w, 0.0, config.init_std, -3 * config.init_std, 3 * config.init_std
-            )
+            nn.init.trunc_normal_(w, 0.0, std, -3 * std, 3 * std)
         if config.tied:
             self.head.weight = self.embed.weight
         D = config.width // config.heads
         rate = config.rope_base ** (-torch.arange(0, D, 2) / D)  # (D/2,) radians a position
         angle = torch.arange(config.context)[:, None] * rate  # (context, D/2)
-        self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
+        cos, sin = angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
+        self.register_buffer("rope", torch.stack((cos, sin)), persistent=False)  # (2, context, D)
 
     def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Last normalised hidden states (B, T, C) of ids (B, T), which continue `cache` where one
-        is given.
-        """
+        """Last normalised hidden states (B, T, C) of ids (B, T), which continue a given `cache`."""
         T = ids.size(1)
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
         if cache is None:
-            rope, mask = self.rope[:, :T], None  # (2, T, D/2)
+            rope, mask = self.rope[:, :T], None  # (2, T, D)
         else:
             positions, mask = cache.advance(T)
-            rope = self.rope[:, positions][:, :, None]  # (2, B, 1, T, D/2)
+            rope = self.rope[:, positions][:, :, None]  # (2, B, 1, T, D)
         x = self.embed(ids)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, layer)
         return F.layer_norm(x, x.shape[-1:])
 
-    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits (B, T, V) of the token after each of ids (B, T)."""
-        return self.head(self.hidden(ids, cache))
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None, targets=None):
+        """Logits (B, T, V) of the token after each of ids (B, T); with targets (B, T), the sum of
+        their cross-entropies in nats instead, where -1 counts nothing.
+        """
+        hidden = self.hidden(ids, cache)
+        if targets is None:
+            return self.head(hidden)
+        hidden, train = hidden.flatten(0, 1), torch.is_grad_enabled()  # no gradient in evaluation
+        return CrossEntropy.apply(hidden, self.head.weight, targets.flatten(), train)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """Groups for AdamW: the study decays every weight, and there are no gains or biases to
@@ -167,10 +197,8 @@ class GPT(nn.Module):
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
     def flops_per_token(self) -> float:
-        """FLOPs of forward and backward for one token at full context: 6N + 12 L C T (arXiv
-        2204.02311, B).
-
-        N counts the weights that are multiplied: an untied embedding is only looked up.
+        """FLOPs of forward and backward for a token at full context: 6N + 12 L C T (arXiv
+        2204.02311, B). N counts the weights that are multiplied; an untied embedding is not.
         """
         c = self.config
         N = sum(p.numel() for p in self.parameters()) - (not c.tied) * self.embed.weight.numel()
@@ -192,9 +220,7 @@ def sample(logits, temperature, top_p, uniform):
         token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])[:, 0]
     else:
         p, order = logp.exp().sort(dim=-1, descending=True)
-        p = p.masked_fill(
-            p.cumsum(dim=-1) - p >= top_p, 0
-        )  # keep what starts below top_p, so never none
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # what starts below top_p stays
         cumulative = p.cumsum(dim=-1)
         rank = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
         token = order.gather(1, rank)[:, 0]
@@ -203,8 +229,7 @@ def sample(logits, temperature, top_p, uniform):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, eos, generator, temperature=1.0, top_p=1.0):
-    """Continues each of `prompts` (lists of ids, of any lengths) up to `eos` or `max_new_tokens`
-    = N tokens.
+    """Continues each of `prompts` (lists of ids) up to `eos` or `max_new_tokens` = N tokens.
 
     `generator` is one torch.Generator on the CPU, or a list with one for each prompt: then a
     prompt's tokens are the same in any batch. Returns tokens (B, N), filled with eos at the end;
@@ -213,9 +238,8 @@ def generate(model, prompts, max_new_tokens, eos, generator, temperature=1.0, to
     """
     B, N, device = len(prompts), max_new_tokens, model.embed.weight.device
     if max(map(len, prompts)) + N > model.config.context or not all(map(len, prompts)):
-        raise ValueError(
-            f"a prompt must have 1 to {model.config.context - N} tokens, to leave room for {N}"
-        )
+        room = model.config.context - N
+        raise ValueError(f"a prompt must have 1 to {room} tokens, to leave room for {N}")
     if isinstance(generator, list):
         uniform = torch.stack([torch.rand(N, generator=g) for g in generator])
     else:

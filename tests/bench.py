@@ -1,15 +1,76 @@
-"""Measures speed, one table a command: `python tests/bench.py verify`.
+"""Measures speed and memory: `python tests/bench.py train --preset=150m`, or `verify`: a table.
 
-Machines are noisy: compare the rows of one run, not runs.
+The flags of a command are those of the script that it measures, so any setting can be tried.
+Tables hold for the machine they were printed on, at that moment: compare within one run.
 """
 
 import itertools
 import random
+import resource
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pretrain  # noqa: E402
+from data import UserError, toy  # noqa: E402
+from data.tokenizer import get_tokenizer  # noqa: E402
+from hostile import CHEATS, CODE  # noqa: E402
+from verify import score_batch  # noqa: E402
+
+
+def show(title: str, rows: dict[str, str]) -> None:
+    """Prints one table of two columns."""
+    width = max(map(len, rows))
+    print(title, *(f"  {name:{width}}  {value}" for name, value in rows.items()), sep="\n")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: what torch has held on a GPU, or the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if MAC else 1024)
+
+
+MAC = sys.platform == "darwin"  # which counts bytes where Linux counts KiB
+
+
+def train(argv: list[str]) -> None:
+    """pretrain.py's own step on random tokens: the best and the median of --max_steps (10)."""
+    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, argv)
+    processes = pretrain.setup_distributed(cfg.device)
+    context, vocab_size = pretrain.autocast(cfg.dtype, processes.device), vocabulary(cfg.tokenizer)
+    model = pretrain.build_model(cfg, vocab_size, processes.device)
+    optimizer = pretrain.build_optimizer(cfg, model)
+    ddp = pretrain.wrap(cfg, model, context, processes)
+    blocks = torch.randint(vocab_size, (cfg.batch_size, cfg.context + 1), device=processes.device)
+    tokens, seconds = blocks[:, 1:].numel(), []
+    for _ in range(1 + (cfg.max_steps or 10)):  # the first one warms up
+        started = time.perf_counter()
+        report = pretrain.train_step(ddp, optimizer, blocks, tokens, 1e-3, cfg, context, processes)
+        report.tolist()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    best, median = min(seconds[1:]), sorted(seconds[1:])[len(seconds[1:]) // 2]
+    N, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
+    peak = pretrain.peak_flops(processes.device)
+    show(f"train --preset={cfg.preset} on {processes.device}, {torch.get_num_threads()} threads", {
+        "parameters": f"{N:,}",
+        "step": f"{cfg.batch_size} x {cfg.context} tokens, {cfg.micro_batch_size} rows at a time",
+        "tokens/s": f"{tokens / best:,.0f} (median {tokens / median:,.0f})",
+        "GFLOP/s": f"{flops * tokens / best / 1e9:,.1f} with attention, "
+                   f"{6 * N * tokens / best / 1e9:,.1f} as 6 x parameters",
+        "MFU": f"{flops * tokens / best / peak:.1%}" if peak else "peak of this device not known",
+        "peak memory": f"{peak_memory(processes.device) / 1e9:.2f} GB",
+    })  # fmt: skip
+
+
+def vocabulary(tokenizer: str) -> int:
+    """Its size; GPT-2's without fetching it."""
+    return 50_257 if tokenizer == "gpt2" else get_tokenizer(tokenizer).n_vocab
+
 
 LOOP = "def simple_math_problem() -> int:\n    while True:\n        pass"
 LATEX = [  # an answer and another spelling of it, for every n
@@ -21,31 +82,19 @@ LATEX = [  # an answer and another spelling of it, for every n
 ]  # fmt: skip
 
 
-def print_table(title: str, rows: list[tuple]) -> None:
-    """Rows of cells as text, the first row being the header."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    print(title)
-    for row in rows:
-        print("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)))
-
-
-def bench_verify(count: int = 4096) -> None:
+def verify(argv: list[str]) -> None:
     """Completions a second through score_batch, by format, and what loops for ever cost a batch."""
-    from hostile import CHEATS, CODE
-
-    from data import toy
-    from verify import score_batch
-
+    count = 4096
     stories, rng = list(itertools.islice(toy.problems("train", 0), count)), random.Random(0)
     golds = [str(story.values[-1]) for story in stories]
-    rows = [("", "completions", "per second", "seconds", "right")]
+    rows = {"": " completions  per second  seconds    right"}
 
     def measure(name: str, completions: list[str], golds: list[str]) -> None:
         began = time.perf_counter()
         right = sum(score.reward for score in score_batch(completions, golds))
         seconds = time.perf_counter() - began
-        rows.append((name, len(completions), f"{len(completions) / seconds:,.0f}",
-                     f"{seconds:.2f}", f"{right / len(completions):.1%}"))  # fmt: skip
+        speed = f"{len(completions) / seconds:12,.0f}"
+        rows[name] = f"{len(completions):12,}{speed}{seconds:9.2f}{right / len(completions):9.1%}"
 
     written = {write.__name__.removeprefix("write_"): [write(story, rng) for story in stories]
                for write in (toy.write_tinygsm, toy.write_omi1, toy.write_omi2)}  # fmt: skip
@@ -60,13 +109,17 @@ def bench_verify(count: int = 4096) -> None:
             [*golds[:251], *["0"] * 10, *golds[251:502]])  # fmt: skip
     hostile = [*CODE.values(), *CHEATS.values()]
     measure("hostile, none that loops", hostile, ["42"] * len(hostile))
-    print_table("completions scored by verify.py", rows)
+    show("verify: completions scored", rows)
 
 
-BENCHES = {"verify": bench_verify}
+COMMANDS = {"train": train, "verify": verify}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in BENCHES:
-        BENCHES[sys.argv[1]]()
-    else:
-        sys.exit(f"usage: python tests/bench.py {'|'.join(BENCHES)}")
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        sys.exit(f"usage: python tests/bench.py {'|'.join(COMMANDS)} [--key=value ...]")
+    try:
+        COMMANDS[name](argv)
+    except UserError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
