@@ -106,9 +106,12 @@ def write(path: Path, meta: dict, results: Iterator) -> None:
     bar = tqdm(desc=path.stem, total=len(meta["files"]), initial=meta["file"], bar_format=look,
                disable=None)  # fmt: skip
     with bar, open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is being made by another process: wait for it") from None
         if file.tell() < 2 * before:
-            raise OSError("it is shorter than its .json says, so delete both")
+            raise OSError("it is shorter than its .json says: delete both")
         file.truncate(2 * before)
         save_meta(path, meta)
         for (number, chunk, share), (ids, texts, kinds) in results:
@@ -162,8 +165,8 @@ def prepare(
     path, source = Path(folder) / f"{name}-{tokenizer}.bin", CORPORA.get(name) or source_checksum()
     meta = read_meta(path)
     if not path.exists() or (meta.get("source"), meta.get("tokenizer")) != (source, tokenizer):
-        meta = {"source": source, "tokenizer": tokenizer, "sha256": "", "files": [], "file": 0,
-                "chunk": 0, "tokens": 0, "documents": 0, "irregular": {}}  # fmt: skip
+        meta = {"source": source, "tokenizer": tokenizer, "sha256": "", "files": [], "of": 0,
+                "file": 0, "chunk": 0, "tokens": 0, "documents": 0, "irregular": {}}  # fmt: skip
     if meta["sha256"] and shards in (0, len(meta["files"])):
         check(path)
         return path
@@ -176,18 +179,21 @@ def prepare(
     try:
         write(path, meta, in_order(function, chunks, workers))
     except (OSError, BrokenProcessPool) as error:
-        cause = "another process makes it" if type(error) is BlockingIOError else reason(error)
-        raise UserError(
-            f"{path} is not finished ({cause}): then the same command continues"
-        ) from None
+        raise UserError(f"{path} is not finished ({reason(error)}): once that is mended, the "
+                        "same command continues") from None  # fmt: skip
     if not meta["tokens"]:
         raise UserError(f"{path} would be empty: no row has text under {' and '.join(fields)}")
     finish(path, meta)
     return path
 
 
+def refuse(message: str) -> None:
+    raise UserError(f"{message}; --help lists all")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m data.prepare", allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("corpora", nargs="+", metavar="CORPUS", help=", ".join(NAMES))
     parser.add_argument("--tokenizer", default="toy", help="toy or gpt2")
     parser.add_argument("--data_dir", default="out/data", help="where the token files go")
