@@ -41,7 +41,7 @@ CORPORA = {
     "math": "DigitalLearningGmbH/MATH-lighteval/data/train-*.parquet problem solution",
 }
 NAMES = (*toy.AUTHORS, *CORPORA)
-SAVE_EVERY = 64  # chunks, of about a MB of text: no more is tokenised again after a kill
+SAVE_EVERY = 16  # chunks, of about a MB of text: no more is tokenised again after a kill
 
 
 def source_checksum() -> str:
