@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import UserError, toy
+from data.hub import find_files, load_rows, reason
 from verify import boxes
 
 # name: (repository, its files for each split); `row_to_question` finds the fields by their names
@@ -55,20 +56,17 @@ def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list
     return [row_to_question(row, f"{task}-{split}-{i}", repository) for i, row in enumerate(rows)]
 
 
-def hub_rows(repository: str, pattern: str, hub: str):
-    """Rows of a repository's files, read by path with `datasets`, from the hub or a mirror of its
-    layout.
-    """
-    from datasets import load_dataset  # here, for it takes seconds to import
-
+def hub_rows(repository: str, pattern: str, hub: str) -> list[dict]:
+    """Rows of a repository's files, from the hub or a mirror of its layout."""
+    instead = "--questions=FILE, json or jsonl"
+    files = find_files(f"{repository}/{pattern}", hub, instead)
     kind = {"parquet": "parquet", "jsonl": "json", "csv": "csv"}[pattern.rpartition(".")[2]]
-    path = f"{hub or 'hf://datasets'}/{repository}/{pattern}"
     try:
-        return load_dataset(kind, data_files=path, split="train")
-    except Exception as error:  # the hub's client raises many kinds
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(f"{path} could not be read ({reason}): give --hub=DIR, a mirror of the "
-                        "hub's layout, or --questions=FILE, json or jsonl") from None  # fmt: skip
+        return list(load_rows(kind, files))
+    except Exception as error:  # every file type has its own
+        raise UserError(
+            f"{repository}/{pattern} could not be read ({reason(error)}): give {instead}"
+        ) from None
 
 
 def read_rows(file: str) -> list[dict]:

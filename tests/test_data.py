@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data import UserError, prepare, tasks, tokenizer, toy
-from data.mixture import Mixture, parse_mix
+from data.mixture import Mixture, parse_mix, shuffled
 from data.tasks import load_questions
 from data.tokenizer import EOT, get_tokenizer
 from verify import score_batch
@@ -200,13 +200,75 @@ def test_shares_are_exact_to_one_block(mix):
     assert all(abs(seen.count(name) - share * 101) < 1 for name, share in wanted.items())
 
 
+def blocks_of(name, mix, **settings):
+    return [block for n, block in read(mixture(mix, a=60, b=60, c=60, **settings)) if n == name]
+
+
 def test_mixtures_of_one_seed_share_prefixes_of_the_same_block_order():
-    small = [b for n, b in read(mixture("a:30%,b:70%", tokens=60 * T, a=60, b=60)) if n == "a"]
-    large = [b for n, b in read(mixture("a:90%,b:10%", tokens=60 * T, a=60, b=60)) if n == "a"]
-    other = [
-        b for n, b in read(mixture("a:90%,b:10%", tokens=60 * T, seed=1, a=60, b=60)) if n == "a"
-    ]
-    assert large[: len(small)] == small and other[: len(small)] != small
+    large = blocks_of("a", "a:90%,b:10%", tokens=60 * T)
+    for mix in ("a:30%,b:70%", "b:40%,a:30%,c:30%", "a:10%,b:90%", "c:99%,a:1%"):
+        small = blocks_of("a", mix, tokens=60 * T)
+        assert small == large[: len(small)]
+    assert blocks_of("a", "a:3")[: len(blocks_of("a", "a,b"))] == blocks_of("a", "a,b")
+    assert blocks_of("a", "a:90%,b:10%", tokens=60 * T, seed=1) != large
+    assert blocks_of("b", "b:90%,a:10%", tokens=60 * T) != large  # each corpus has its own order
+
+
+def test_each_pass_has_an_order_of_its_own():
+    seen, available = blocks_of("a", "a:3"), 60 - 16
+    passes = [seen[start : start + available] for start in range(0, 3 * available, available)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+
+
+def test_a_control_of_0_percent_changes_nothing_but_is_still_evaluated():
+    control = mixture("a:0%,b:100%", tokens=60 * T, a=50, b=50)
+    alone = mixture("b:100%", tokens=60 * T, b=50)
+    assert read(control) == read(alone) and len(control.held_out("a")) == 16
+
+
+def test_every_batch_has_the_shares_of_the_mixture_to_about_a_block():
+    m = mixture("a:50%,b:25%,c:25%", tokens=160 * T, a=60, b=60, c=60)
+    for step in range(m.steps):
+        names = [int(row[0]) % 10 for row in m.batch(step)]
+        assert names.count(0) == 2 and 0 <= names.count(1) <= 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 34, 1000, 4096, 4097])
+def test_shuffled_is_a_permutation_and_each_key_has_its_own(size):
+    order = [shuffled(i, size, 0, "a", 0) for i in range(size)]
+    assert sorted(order) == list(range(size))
+    if size >= 34:
+        for key in ((1, "a", 0), (0, "b", 0), (0, "a", 1)):
+            assert order != [shuffled(i, size, *key) for i in range(size)]
+
+
+def test_a_shuffle_leaves_no_trace_of_the_order():
+    order = np.array([shuffled(i, 9000, 0, "a", 0) for i in range(9000)])
+    assert 2800 < np.abs(np.diff(order)).mean() < 3200  # a third, as of independent draws
+    assert abs(np.corrcoef(np.arange(9000), order)[0, 1]) < 0.03
+
+
+def test_twenty_million_blocks_take_no_time_and_no_memory():
+    import time
+    import tracemalloc
+
+    class Huge:  # 40 billion tokens, that are the number of their block
+        def __len__(self):
+            return 20_400_000 * 2048
+
+        def __getitem__(self, part):
+            return np.full(part.stop - part.start, part.start // 2048)
+
+    tracemalloc.start()
+    started = time.perf_counter()
+    m = Mixture({"a": Huge(), "b": Huge()}, "a,b:0.5", 0, 2048, 512, 0)
+    places = [int(row[0]) for step in (0, 1, m.steps - 2) for row in m.batch(step)]
+    seconds, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert m.total > 30_000_000 and seconds < 5 and peak < 30e6  # a batch of int64 is 8 MB
+    assert max(places) < m.available["a"] == 20_400_000 - 1 - 512
+    assert len(set(places)) > 1530 and max(places) > 20_000_000 and min(places) < 400_000
 
 
 def test_the_held_out_tail_is_never_trained_on():
