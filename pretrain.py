@@ -608,13 +608,12 @@ def main(cfg: Config) -> dict:
     total = min(cfg.max_steps or mixture.steps, mixture.steps)
     model = build_model(cfg, get_tokenizer(cfg.tokenizer).n_vocab, processes.device)
     optimizer = build_optimizer(cfg, model)
-    step, evaluation, state = 0, {}, open_run(cfg, processes)
-    if state:
-        step = state["step"]
-        restore(Path(cfg.out_dir) / "ckpt.pt", state, model=model, optimizer=optimizer)
-    if processes.rank == 0:
-        manifest = json.dumps(mixture.manifest(), indent=1).encode()
-        write_atomically(Path(cfg.out_dir) / "mixture.json", manifest)
+    step, evaluation, folder = 0, {}, Path(cfg.out_dir)
+    if state := open_run(cfg, processes):
+        step, evaluation = state["step"], state["evaluation"]
+        restore(folder / "ckpt.pt", state, model=model, optimizer=optimizer)
+    manifest = json.dumps(mixture.manifest(), indent=1).encode()
+    processes.first(lambda: write_atomically(folder / "mixture.json", manifest))
     log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
     parameters = sum(p.numel() for p in model.parameters())
     log.say(f"{parameters / 1e6:.2f}M parameters, {total} steps of {cfg.batch_size} x "
