@@ -25,7 +25,7 @@ from typing import Iterator
 
 from tqdm import tqdm
 
-from data import UserError, tokenizer as tokenizers, toy
+from data import UserError, tokenizer as tokenizers, tokens, toy
 from data.hub import ROWS, find_files, read_chunks, reason
 from data.tokens import check, describe, finish, read_meta, read_tokens, save_meta, tokenize
 
@@ -48,8 +48,9 @@ def source_checksum() -> str:
     """Of the code and the vocabulary that the embedded corpora come from: edit a story, and it is
     told anew.
     """
-    files = (Path(toy.__file__), Path(tokenizers.__file__), tokenizers.TOY_RANKS)
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    files = [Path(module.__file__) for module in (toy, tokenizers, tokens)]
+    content = b"".join(file.read_bytes() for file in (*files, tokenizers.TOY_RANKS))
+    return hashlib.sha256(content).hexdigest()
 
 
 def toy_chunks(name: str, fields: list[str]) -> Iterator[tuple[list[dict], float]]:

@@ -176,9 +176,10 @@ def test_parquet_columns_may_hold_nothing_or_what_is_not_utf8(tmp_path):
     text = pa.Array.from_buffers(pa.string(), len(content), content.buffers())  # not validated
     put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/0.parquet", pa.table({"text": text}))
     put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/1.parquet", pa.table({"text": text[:0]}))
+    put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/2.parquet", [{"url": "no text"}] * 3)
     path = make("finemath3", tmp_path, str(tmp_path))
     assert documents(path) == ["good", "end"]
-    assert list(read_meta(path)["irregular"].values()) == [2, 1, 1]
+    assert list(read_meta(path)["irregular"].values()) == [2 + 3, 1, 1]
 
 
 def test_the_end_of_text_token_comes_from_no_text():
