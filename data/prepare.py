@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import UserError, tokenizer as tokenizers, tokens, toy
 from data.hub import ROWS, find_files, read_chunks, reason
-from data.tokens import check, describe, finish, read_meta, read_tokens, save_meta, tokenize
+from data.tokens import check, summary, finish, read_meta, read_tokens, save_meta, tokenize
 
 # name: REPOSITORY/FILES on the hub, then the fields that make a document, a blank line between them
 CORPORA = {
@@ -206,7 +206,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--shards and --workers take whole numbers from 0 on")
     for name in args.corpora:
         path = prepare(name, args.tokenizer, args.data_dir, args.hub, args.shards, args.workers)
-        print(describe(path), flush=True)
+        print(summary(path), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 
 from data import UserError, hub, prepare, tokens
 from data.mixture import Mixture
-from data.prepare import CORPORA, describe, read_meta
+from data.prepare import CORPORA, summary, read_meta
 from data.tokenizer import EOT, get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,7 +307,7 @@ def test_a_part_of_a_corpus_is_a_prefix_of_it_and_grows(mirror, tmp_path):
     part = path.read_bytes()
     assert len(documents(path)) == 60 and whole.startswith(part)
     assert make("tinygsm", tmp_path, "/nowhere").read_bytes() == part  # what is there is enough
-    assert "1 of 3 files" in describe(path)
+    assert "1 of 3 files" in summary(path)
     assert make("tinygsm", tmp_path, mirror[0], "--shards=3").read_bytes() == whole
     with pytest.raises(UserError, match="delete it"):
         make("tinygsm", tmp_path, mirror[0], "--shards=2")
