@@ -51,9 +51,9 @@ def load_rows(kind: str, files, **options):
 def read_chunks(file: str, fields: list[str]) -> Iterator[tuple[list, float]]:
     """Lists of a file's rows, each with the share of the file that has been read so far.
 
-    A row is a line of JSON or a dict of parquet columns, in bytes either way: whoever decodes a
-    row can tell which one is not UTF-8. Lines are not left to `datasets`, which gives up a file
-    for one bad row and takes a .zst that was cut short for a whole one.
+    A row is a line of JSON or a dict of parquet columns, in bytes either way: whoever decodes it
+    can tell which row is not UTF-8. `datasets` itself would hold a whole row group or array, give
+    up a file of JSON for one bad row, and take a .zst that was cut short for a whole one.
     """
     import pyarrow
     from fsspec.core import url_to_fs
@@ -65,7 +65,7 @@ def read_chunks(file: str, fields: list[str]) -> Iterator[tuple[list, float]]:
         if size == 0:
             return
         if file.endswith(".parquet"):
-            yield from parquet_chunks(file, fields, raw)
+            yield from parquet_chunks(raw, fields)
             return
         compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(file).suffix)
         stream = io.BufferedReader(pyarrow.input_stream(raw, compression))
@@ -74,17 +74,17 @@ def read_chunks(file: str, fields: list[str]) -> Iterator[tuple[list, float]]:
             yield chunk, raw.tell() / size
 
 
-def parquet_chunks(file: str, fields: list[str], raw) -> Iterator[tuple[list[dict], float]]:
-    from datasets import Features, Value
-    from pyarrow.parquet import read_metadata
+def parquet_chunks(raw, fields: list[str]) -> Iterator[tuple[list[dict], float]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
-    done, total = 0, read_metadata(raw).num_rows
-    undecoded = Features({field: Value("binary") for field in fields})
-    rows = load_rows("parquet", file, columns=fields, features=undecoded, batch_size=ROWS)
-    for batch in rows.iter(ROWS):
-        chunk = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        done += len(chunk)
-        yield chunk, done / total
+    file, done = ParquetFile(raw), 0
+    for batch in file.iter_batches(ROWS, columns=fields):
+        columns = {name: column.cast(pyarrow.binary()).to_pylist()
+                   for name, column in zip(batch.schema.names, batch.columns)}  # fmt: skip
+        done += len(batch)
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(batch))]
+        yield rows, done / file.metadata.num_rows
 
 
 def line_chunks(stream: io.BufferedReader) -> Iterator[list[bytes]]:

@@ -25,9 +25,9 @@ from typing import Iterator
 
 from tqdm import tqdm
 
-from data import UserError, tokenizer as tokenizers, toy
+from data import UserError, tokenizer as tokenizers, tokens, toy
 from data.hub import ROWS, find_files, read_chunks, reason
-from data.tokens import check, describe, finish, read_meta, read_tokens, save_meta, tokenize
+from data.tokens import check, summary, finish, read_meta, read_tokens, save_meta, tokenize
 
 # name: REPOSITORY/FILES on the hub, then the fields that make a document, a blank line between them
 CORPORA = {
@@ -48,8 +48,9 @@ def source_checksum() -> str:
     """Of the code and the vocabulary that the embedded corpora come from: edit a story, and it is
     told anew.
     """
-    files = (Path(toy.__file__), Path(tokenizers.__file__), tokenizers.TOY_RANKS)
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    files = [Path(module.__file__) for module in (toy, tokenizers, tokens)]
+    content = b"".join(file.read_bytes() for file in (*files, tokenizers.TOY_RANKS))
+    return hashlib.sha256(content).hexdigest()
 
 
 def toy_chunks(name: str, fields: list[str]) -> Iterator[tuple[list[dict], float]]:
@@ -205,7 +206,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--shards and --workers take whole numbers from 0 on")
     for name in args.corpora:
         path = prepare(name, args.tokenizer, args.data_dir, args.hub, args.shards, args.workers)
-        print(describe(path), flush=True)
+        print(summary(path), flush=True)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def save_meta(path: Path, meta: dict) -> None:
     os.replace(temporary, path.with_suffix(".json"))
 
 
-def describe(path: Path) -> str:
+def summary(path: Path) -> str:
     """One line of what is in a token file, and of what its corpus had that is not regular."""
     meta = read_meta(path)
     irregular = "".join(f"; {kind}: {count:,}" for kind, count in meta["irregular"].items())

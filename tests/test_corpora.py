@@ -19,7 +19,7 @@ import pytest
 
 from data import UserError, hub, prepare, tokens
 from data.mixture import Mixture
-from data.prepare import CORPORA, describe, read_meta
+from data.prepare import CORPORA, summary, read_meta
 from data.tokenizer import EOT, get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,9 +176,10 @@ def test_parquet_columns_may_hold_nothing_or_what_is_not_utf8(tmp_path):
     text = pa.Array.from_buffers(pa.string(), len(content), content.buffers())  # not validated
     put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/0.parquet", pa.table({"text": text}))
     put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/1.parquet", pa.table({"text": text[:0]}))
+    put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/2.parquet", [{"url": "no text"}] * 3)
     path = make("finemath3", tmp_path, str(tmp_path))
     assert documents(path) == ["good", "end"]
-    assert list(read_meta(path)["irregular"].values()) == [2, 1, 1]
+    assert list(read_meta(path)["irregular"].values()) == [2 + 3, 1, 1]
 
 
 def test_the_end_of_text_token_comes_from_no_text():
@@ -306,7 +307,7 @@ def test_a_part_of_a_corpus_is_a_prefix_of_it_and_grows(mirror, tmp_path):
     part = path.read_bytes()
     assert len(documents(path)) == 60 and whole.startswith(part)
     assert make("tinygsm", tmp_path, "/nowhere").read_bytes() == part  # what is there is enough
-    assert "1 of 3 files" in describe(path)
+    assert "1 of 3 files" in summary(path)
     assert make("tinygsm", tmp_path, mirror[0], "--shards=3").read_bytes() == whole
     with pytest.raises(UserError, match="delete it"):
         make("tinygsm", tmp_path, mirror[0], "--shards=2")
