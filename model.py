@@ -141,7 +141,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None, None
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None  # good for one backward
 
 
 class GPT(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, generate, sample
+from model import GPT, CrossEntropy, GPTConfig, KVCache, generate, sample
 
 EOS = 0
 
@@ -44,9 +44,8 @@ def test_the_mask_contains_the_first_eos_and_nothing_after_it(gpt):
     """EOS cut from the training signal means that stopping is never learned; what follows it is
     no signal.
     """
-    tokens, mask, logp = generate(
-        gpt, [[i] for i in range(1, 41)], 30, EOS, torch.Generator().manual_seed(0), 2.0
-    )
+    prompts, generator = [[i] for i in range(1, 41)], torch.Generator().manual_seed(0)
+    tokens, mask, logp = generate(gpt, prompts, 30, EOS, generator, 2.0)
     ended = [row.tolist().index(EOS) for row in tokens if EOS in row.tolist()]
     assert len(ended) > 10 and min(ended) < 8 and len(ended) < 40  # some end early, and some do not
     for row, kept, values in zip(tokens.tolist(), mask.tolist(), logp):
@@ -59,10 +58,8 @@ def test_the_mask_contains_the_first_eos_and_nothing_after_it(gpt):
 def test_reported_log_probs_are_those_of_the_whole_distribution_at_the_sampling_temperature(
     gpt, temperature
 ):
-    prompts = [[5, 6], [7, 8, 9]]
-    tokens, mask, logp = generate(
-        gpt, prompts, 10, EOS, torch.Generator().manual_seed(0), temperature, top_p=0.9
-    )
+    prompts, generator = [[5, 6], [7, 8, 9]], torch.Generator().manual_seed(0)
+    tokens, mask, logp = generate(gpt, prompts, 10, EOS, generator, temperature, top_p=0.9)
     for prompt, row, kept, values in zip(prompts, tokens, mask, logp):
         ids = torch.tensor(prompt + row[kept].tolist())
         for t in range(int(kept.sum())):  # token by token: an index that is off by one would show
@@ -88,10 +85,8 @@ def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends(uniform, to
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1000, 4)
     uniform = torch.linspace(0.001, 1, 1000)
-    drawn = {
-        top_p: set(sample(logits, 1.0, top_p, uniform)[0].tolist()) for top_p in (0.4, 0.6, 0.85)
-    }
-    assert drawn == {0.4: {0}, 0.6: {0, 1}, 0.85: {0, 1, 2}}
+    for top_p, kept in ((0.4, {0}), (0.6, {0, 1}), (0.85, {0, 1, 2})):
+        assert set(sample(logits, 1.0, top_p, uniform)[0].tolist()) == kept
 
 
 def test_prompts_that_leave_no_room_are_refused(gpt):
@@ -119,13 +114,36 @@ def test_attention_depends_on_relative_positions_only(gpt):
     torch.testing.assert_close(other(ids), gpt(ids), atol=1e-4, rtol=1e-4)
 
 
-def test_the_paper_s_150m_model_has_its_number_of_parameters():
-    with torch.device("meta"):
-        model = GPT(
-            GPTConfig(vocab_size=32_000, context=2048, width=768, layers=12, heads=12, tied=False)
-        )
-    count = sum(p.numel() for p in model.parameters())
-    assert count == 12 * (4 + 3 * 4) * 768**2 + 2 * 32_000 * 768 == 162_398_208
+@pytest.mark.parametrize("tokens", [1, 512, 1100])  # less than a chunk, one, two and a rest
+def test_chunked_cross_entropy_has_the_loss_and_the_gradients_of_torch_s(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 24, generator=generator).requires_grad_()
+    weight = torch.randn(70, 24, generator=generator).mul(0.5).requires_grad_()
+    targets = torch.randint(-1, 70, (tokens,), generator=generator)  # -1: a target to leave out
+    ours = CrossEntropy.apply(hidden, weight, targets, True)
+    theirs = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=-1, reduction="sum")
+    torch.testing.assert_close(ours, theirs)
+    gradients = (torch.autograd.grad(loss / 7, (hidden, weight)) for loss in (ours, theirs))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_chunked_cross_entropy_is_in_fp32_where_autocast_is_in_bf16(gpt):
+    """Log-probs in bf16 have two digits (OpenRLHF#620)."""
+    ids, targets = torch.randint(50, (2, 2, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = gpt(ids), gpt(ids, targets=targets)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert gpt.head.weight.grad.dtype == torch.float32 and gpt.head.weight.grad.isfinite().all()
+
+
+def test_targets_that_count_nothing_give_a_finite_zero(gpt):
+    """A batch that is all padding must not be 0 / 0 (trl#6439)."""
+    loss = gpt(torch.zeros(2, 5, dtype=torch.long), targets=torch.full((2, 5), -1))
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in gpt.parameters())
 
 
 def test_initial_weights_are_truncated_at_three_standard_deviations():
