@@ -8,6 +8,7 @@ ckpt.pt. Run it again to continue an unfinished run. The plumbing that rl.py sha
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -31,9 +32,10 @@ from tqdm import tqdm
 
 from data import UserError
 from data.mixture import Mixture, parse_mix
-from data.prepare import prepare, read_tokens
+from data.prepare import prepare
 from data.tasks import load_questions
 from data.tokenizer import get_tokenizer
+from data.tokens import read_tokens, summary
 from model import GPT, GPTConfig, generate
 from verify import FORMATS, split_format
 
@@ -45,6 +47,7 @@ class Config:
     out_dir: str = "out/pretrain"  # the run's folder
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
     data_dir: str = "out/data"  # token files
+    hub: str = ""  # a folder with the hub's layout, to read in its place
     tokenizer: Literal["toy", "gpt2"] = "toy"  # the shipped one, or GPT-2's with single digits
     mix: str = "toy-tinygsm,toy-omi1,toy-omi2:1.3"  # NAME[:PASSES],... or NAME:PERCENT%,...
     tokens: float = 0  # budget of a mixture in percent; a mixture in passes has its own
@@ -176,22 +179,22 @@ class Processes(typing.NamedTuple):
             dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, value) -> list:
+    def gather(self, value, group=None) -> list:
         """Every rank's value, in the order of the ranks."""
         values = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
 
 
-    def first(self, work) -> None:
-        """work() on rank 0, while the others wait; its UserError is raised on every rank."""
+    def first(self, work, group=None) -> None:
+        """work() on rank 0, while the others wait in `group`; its UserError is raised on all."""
         problem = None
         try:
             if self.rank == 0:
                 work()
         except UserError as error:
             problem = str(error)
-        if problem := self.gather(problem)[0]:
+        if problem := self.gather(problem, group)[0]:
             raise UserError(problem)
 
 
@@ -295,7 +298,7 @@ def claim(cfg, folder: Path, file: Path, processes: Processes) -> None:
         content = json.dumps({**ours, "run": describe(processes)}, indent=1).encode()
         return write_atomically(file, content)
     theirs = json.loads(file.read_text())
-    free = ("out_dir", "overwrite", "config", "preset", "device", "data_dir")
+    free = ("out_dir", "overwrite", "config", "preset", "device", "data_dir", "hub")
     differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
     if differing:
         changes = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differing)
@@ -435,8 +438,15 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
 def load_mixture(cfg: Config, processes: Processes) -> Mixture:
     """The mixture of cfg, over token files that rank 0 makes where they are missing."""
     names = list(parse_mix(cfg.mix)[0])
-    processes.first(lambda: [prepare(name, cfg.tokenizer, cfg.data_dir) for name in names])
-    corpora = {name: read_tokens(prepare(name, cfg.tokenizer, cfg.data_dir)) for name in names}
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))  # it may take hours
+
+    def prepare_all() -> None:
+        for name in names:
+            print(summary(prepare(name, cfg.tokenizer, cfg.data_dir, cfg.hub)), flush=True)
+
+    processes.first(prepare_all, patient)
+    folder = Path(cfg.data_dir)
+    corpora = {name: read_tokens(folder / f"{name}-{cfg.tokenizer}.bin") for name in names}
     return Mixture(corpora, cfg.mix, cfg.tokens, cfg.context, cfg.batch_size, cfg.seed)
 
 
