@@ -238,8 +238,7 @@ def generate(model, prompts, max_new_tokens, eos, generator, temperature=1.0, to
     """
     B, N, device = len(prompts), max_new_tokens, model.embed.weight.device
     if max(map(len, prompts)) + N > model.config.context or not all(map(len, prompts)):
-        room = model.config.context - N
-        raise ValueError(f"a prompt must have 1 to {room} tokens, to leave room for {N}")
+        raise ValueError(f"a prompt must have 1 to {model.config.context - N} tokens: {N} follow")
     if isinstance(generator, list):
         uniform = torch.stack([torch.rand(N, generator=g) for g in generator])
     else:

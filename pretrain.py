@@ -438,7 +438,8 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
 def load_mixture(cfg: Config, processes: Processes) -> Mixture:
     """The mixture of cfg, over token files that rank 0 makes where they are missing."""
     names = list(parse_mix(cfg.mix)[0])
-    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))  # it may take hours
+    # a corpus may take hours: the other ranks wait in a group that lets them
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
     def prepare_all() -> None:
         for name in names:

@@ -537,14 +537,25 @@ def estimate_advantages(batches: list[Batch], cfg, processes: Processes) -> floa
     return 1 - (e_square - e_mean**2) / return_variance if return_variance > 1e-12 else 0.0
 
 
-def learn(
-    rollout: Rollout, step: int, policy: Trainer, critic, reference, cfg, context, processes
-) -> dict:
+def token_means(sums: dict, processes: Processes) -> dict:
+    """Each of the sums over the "tokens" of all ranks."""
+    totals = dict(zip(sums, processes.sum(*sums.values())))
+    tokens = max(1.0, totals.pop("tokens"))
+    return {name: total / tokens for name, total in totals.items()}
+
+
+def progress(step: int, share: float, cfg) -> float:
+    """The share of the schedule that is behind a `share` of step's updates: that of the run, or
+    of the round where each starts from the base again.
+    """
+    return share if restarts(cfg) else (step + share) / cfg.max_steps
+
+
+def learn(rollout, step: int, policy: Trainer, critic, reference, cfg, context, processes) -> dict:
     """All updates of a rollout, epochs x minibatches; returns the metrics of the training row."""
-    algorithm = ALGORITHMS[cfg.algo]
+    algorithm, metrics = ALGORITHMS[cfg.algo], {}
     advantage = algorithm.advantage(rollout, cfg)
     minibatches = split_minibatches(rollout, advantage, step, cfg, processes)
-    metrics = {}
     if algorithm.on_policy:
         batches = [batch for parts in minibatches for batch in parts]
         metrics = prepare_batches(batches, policy, critic, reference, cfg, context, processes)
@@ -572,18 +583,13 @@ def learn(
 
     for _ in range(cfg.epochs):
         for parts in minibatches:
-            # the share of the schedule that is behind us: of the round where it starts from the
-            # base again
-            share = (done + 1) / updates
-            progress = share if restarts(cfg) else (step + share) / cfg.max_steps
-            rate = schedule(progress, cfg.warmup, cfg.min_learning_rate)
+            behind = progress(step, (done + 1) / updates, cfg)
+            rate = schedule(behind, cfg.warmup, cfg.min_learning_rate)
             norms.append(policy.update(parts, policy_loss, rate, context))
             if critic:
                 critic.update(parts, value_loss, rate, context)
             done += 1
-    totals = dict(zip(sums, processes.sum(*sums.values())))
-    tokens = max(1.0, totals.pop("tokens"))
-    metrics |= {name: total / tokens for name, total in totals.items()}
+    metrics |= token_means(sums, processes)
     metrics["ratio_max_dev"] = max(processes.gather(first_deviation))
     if not all(map(math.isfinite, norms)):
         raise UserError(f"the gradient is not finite at step {step}: "
@@ -757,19 +763,37 @@ def snapshot_steps(total: int) -> set[int]:
     return {round(total ** (i / 14)) for i in range(15)}
 
 
+def passed_over(name: str, whole: list, kept: list, room: int) -> str:
+    """What is said of questions that do not fit."""
+    end = ", and counted as wrong" if name == "test" else ""
+    return (f"{len(whole) - len(kept)} of {len(whole)} {name} questions are longer than the {room} "
+            f"tokens that the context leaves them: passed over{end}")  # fmt: skip
+
+
+def conclude(log: RunLog, cfg: Config, folder: Path, evaluations: list[dict], seconds: float):
+    """Shows the first and the last evaluation, and what is off."""
+    first, last = evaluations[0], evaluations[-1]
+    log.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; "
+            f"{folder}/echo.png ({seconds:.0f} s)\n")  # fmt: skip
+    log.say(table({f"step {row['step']}": row for row in (first, last)}))
+    if log.active and cfg.algo != "eval":
+        rows = map(json.loads, open(folder / "metrics.jsonl"))
+        for sentence in advice([row for row in rows if row["kind"] == "train"]):
+            log.say(f"note: {sentence}")
+
+
 def main(cfg: Config) -> dict:
     """Trains for max_steps rollouts (or only evaluates); returns the last evaluation row."""
     check(cfg)
     start_servers()  # before a GPU context exists
-    evaluates = cfg.algo == "eval"
-    name = f"eval-{cfg.eval_task or cfg.task}" if evaluates else cfg.algo
+    evaluates, name = cfg.algo == "eval", cfg.algo
+    name += f"-{cfg.eval_task or cfg.task}" if evaluates else ""
     cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or f"out/{name}")
     processes, stop, folder = setup_distributed(cfg.device), StopSignal(), Path(cfg.out_dir)
     device, total = processes.device, 0 if evaluates else cfg.max_steps
     # on a CPU, bfloat16 autocast would convert every weight again at each token
-    context = autocast(
-        "float32" if cfg.dtype == "auto" and device.type == "cpu" else cfg.dtype, device
-    )
+    dtype = "float32" if cfg.dtype == "auto" and device.type == "cpu" else cfg.dtype
+    context = autocast(dtype, device)
     train_set, test_set = load_tasks(cfg)
     base_file = folder / "step_000000.pt"  # the base as this run first saw it
     begun = base_file.exists() and not cfg.overwrite
@@ -788,24 +812,20 @@ def main(cfg: Config) -> dict:
     model, reference = copy.deepcopy(base), Policy(base, cfg.temperature).requires_grad_(False)
     network = Policy(model, cfg.temperature, train_entropy=cfg.entropy_coef != 0)
     policy = Trainer(network, cfg.learning_rate, cfg, processes)
-    critic = (
-        Trainer(Critic(base), cfg.critic_learning_rate, cfg, processes)
-        if cfg.algo == "ppo"
-        else None
-    )
+    critic = None
+    if cfg.algo == "ppo":
+        critic = Trainer(Critic(base), cfg.critic_learning_rate, cfg, processes)
     if state:
         step = state["step"]
-        parts = {"model": model, "optimizer": policy.optimizer}
+        restore(folder / "ckpt.pt", state, model=model, optimizer=policy.optimizer)
         if critic:
-            parts |= {"critic": critic.module, "critic_optimizer": critic.optimizer}
-        restore(folder / "ckpt.pt", state, **parts)
+            both = dict(critic=critic.module, critic_optimizer=critic.optimizer)
+            restore(folder / "ckpt.pt", state, **both)
     evaluations = state["evaluations"] if state else []
     log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
     for name, whole, kept in (("train", train_set, train_pairs), ("test", test_set, test_pairs)):
         if len(kept) < len(whole):
-            log.say(f"{len(whole) - len(kept)} of {len(whole)} {name} questions are too long for "
-                    f"the context of {context_size} less {cfg.max_new_tokens} tokens: passed over"
-                    + (", and counted as wrong" if name == "test" else ""))  # fmt: skip
+            log.say(passed_over(name, whole, kept, context_size - cfg.max_new_tokens))
     finished = bool(evaluations) and evaluations[-1]["step"] == total == step
     if finished:
         log.say(f"{folder} is finished: --overwrite=true starts it afresh")
@@ -824,18 +844,15 @@ def main(cfg: Config) -> dict:
             })  # fmt: skip
 
     while not finished:
-        if (step % cfg.eval_every == 0 or step == total) and (
-            not evaluations or evaluations[-1]["step"] < step
-        ):
+        evaluated = bool(evaluations) and evaluations[-1]["step"] == step
+        if (step % cfg.eval_every == 0 or step == total) and not evaluated:
+            n = len(test_set)
             with context:
-                row, samples = evaluate(
-                    model, test_pairs, len(test_set), step, cfg, encoding, processes
-                )
+                row, samples = evaluate(model, test_pairs, n, step, cfg, encoding, processes)
             evaluations = [*evaluations, row]
             log.write(row)
-            shares = (f"{name} {part['share']:.0%}" for name, part in row["formats"].items())
-            log.say(f"step {step} evaluation: pass@1 {row['pass@1']:.1%}, greedy "
-                    + ", ".join(shares))  # fmt: skip
+            shares = ", ".join(f"{f} {part['share']:.0%}" for f, part in row["formats"].items())
+            log.say(f"step {step} evaluation: pass@1 {row['pass@1']:.1%}, greedy {shares}")
             if processes.rank == 0:
                 write_samples(folder / f"samples_{step:06d}.jsonl", samples)
                 draw(folder, evaluations)
@@ -846,9 +863,8 @@ def main(cfg: Config) -> dict:
         groups = [train_pairs[i] for i in picked for _ in range(cfg.group_size)]
         seconds = {"sample": 0.0, "verify": 0.0}
         with context:
-            rollout = roll_out(
-                model, groups, (cfg.seed, "rollout", step), cfg, False, encoding, processes, seconds
-            )
+            key = cfg.seed, "rollout", step
+            rollout = roll_out(model, groups, key, cfg, False, encoding, processes, seconds)
         learning = time.perf_counter()
         if restarts(cfg):
             model.load_state_dict(base.state_dict())
@@ -870,16 +886,9 @@ def main(cfg: Config) -> dict:
             log.close()
             return evaluations[-1]
     log.close()
-    first, last = evaluations[0], evaluations[-1]
-    log.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; "
-            f"{folder}/echo.png ({time.perf_counter() - started:.0f} s)\n")  # fmt: skip
-    log.say(table({f"step {row['step']}": row for row in (first, last)}))
-    if processes.rank == 0 and not evaluates:
-        rows = map(json.loads, open(folder / "metrics.jsonl"))
-        for sentence in advice([row for row in rows if row["kind"] == "train"]):
-            log.say(f"note: {sentence}")
+    conclude(log, cfg, folder, evaluations, time.perf_counter() - started)
     dist.barrier()
-    return last
+    return evaluations[-1]
 
 
 if __name__ == "__main__":

@@ -503,7 +503,7 @@ def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_p
     file.write_text("\n".join(map(json.dumps, questions)))
     row = rl.main(settings(tmp_path / "eval", base, "eval", task="gsm8k", questions=str(file)))
     assert row["n"] == 2 and row["too_long"] == 1 and row["task"] == "gsm8k"
-    assert "1 of 2 test questions are too long" in capsys.readouterr().out
+    assert "1 of 2 test questions are longer than" in capsys.readouterr().out
 
 
 def test_questions_from_a_file_are_held_out_for_evaluation(tmp_path):
