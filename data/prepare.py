@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import UserError, tokenizer as tokenizers, tokens, toy
 from data.hub import ROWS, find_files, read_chunks, reason
-from data.tokens import check, summary, finish, read_meta, read_tokens, save_meta, tokenize
+from data.tokens import check, finish, read_meta, read_tokens, save_meta, summary, tokenize
 
 # name: REPOSITORY/FILES on the hub, then the fields that make a document, a blank line between them
 CORPORA = {
@@ -111,6 +111,8 @@ def write(path: Path, meta: dict, results: Iterator) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path} is being made by another process: wait for it") from None
+        except OSError:
+            pass  # some file systems of clusters have no locks
         if file.tell() < 2 * before:
             raise OSError("it is shorter than its .json says: delete both")
         file.truncate(2 * before)

@@ -3,8 +3,8 @@ a mixture.
 """
 
 import fcntl
-import gzip
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import ROOT
 from data import UserError, hub, prepare, tokens
 from data.mixture import Mixture
-from data.prepare import CORPORA, summary, read_meta
+from data.prepare import CORPORA, read_meta, summary
 from data.tokenizer import EOT, get_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 ALGEBRAIC = "EleutherAI/proof-pile-2/algebraic-stack/train"
 OMI1 = "nvidia/OpenMathInstruct-1/correct_solutions/train.jsonl"
 
@@ -267,8 +267,6 @@ def test_a_worker_that_is_killed_is_a_sentence_and_the_same_command_continues(
     def kill_a_worker(path, meta):
         save(path, meta)
         if meta["file"] == 2:
-            import multiprocessing
-
             multiprocessing.active_children()[0].kill()
 
     monkeypatch.setattr(prepare, "save_meta", kill_a_worker)
