@@ -9,6 +9,7 @@ ckpt.pt. Run it again to continue an unfinished run. The plumbing that rl.py sha
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -33,9 +34,10 @@ from tqdm import tqdm
 
 from data import UserError
 from data.mixture import Mixture, parse_mix
-from data.prepare import prepare, read_tokens
+from data.prepare import prepare
 from data.tasks import load_questions
 from data.tokenizer import get_tokenizer
+from data.tokens import read_tokens, summary
 from model import GPT, GPTConfig, generate
 from verify import FORMATS, split_format
 
@@ -47,6 +49,7 @@ class Config:
     out_dir: str = "out/pretrain"  # the run's folder
     overwrite: bool = False  # true deletes what is in out_dir and starts afresh
     data_dir: str = "out/data"  # token files
+    hub: str = ""  # a folder with the hub's layout, to read in its place
     tokenizer: Literal["toy", "gpt2"] = "toy"  # the shipped one, or GPT-2's with single digits
     mix: str = "toy-tinygsm,toy-omi1,toy-omi2:1.3"  # NAME[:PASSES],... or NAME:PERCENT%,...
     tokens: float = 0  # budget of a mixture in percent; a mixture in passes has its own
@@ -282,7 +285,7 @@ def open_run(cfg, processes: Processes) -> dict | None:
     file, ours = folder / "config.json", dataclasses.asdict(cfg)
     if file.exists():
         theirs = json.loads(file.read_text())
-        free = ("out_dir", "overwrite", "config", "preset", "device", "data_dir")
+        free = ("out_dir", "overwrite", "config", "preset", "device", "data_dir", "hub")
         differing = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
         if differing:
             changes = ", ".join(f"{k} ({theirs.get(k)} there, {ours[k]} here)" for k in differing)
@@ -428,11 +431,15 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
 def load_mixture(cfg: Config, processes: Processes) -> Mixture:
     """The mixture of cfg, over token files that rank 0 makes where they are missing."""
     names = list(parse_mix(cfg.mix)[0])
+    # preparing may take hours: the other ranks wait in a group that lets them
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     if processes.rank == 0:
         for name in names:
-            prepare(name, cfg.tokenizer, cfg.data_dir)
-    dist.barrier()
-    corpora = {name: read_tokens(prepare(name, cfg.tokenizer, cfg.data_dir)) for name in names}
+            path = prepare(name, cfg.tokenizer, cfg.data_dir, cfg.hub)
+            print(summary(path), flush=True)
+    dist.barrier(patient)
+    folder = Path(cfg.data_dir)
+    corpora = {name: read_tokens(folder / f"{name}-{cfg.tokenizer}.bin") for name in names}
     return Mixture(corpora, cfg.mix, cfg.tokens, cfg.context, cfg.batch_size, cfg.seed)
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import UserError, tokenizer as tokenizers, tokens, toy
 from data.hub import ROWS, find_files, read_chunks, reason
-from data.tokens import check, finish, read_meta, read_tokens, save_meta, summary, tokenize
+from data.tokens import check, finish, read_meta, save_meta, summary, tokenize
 
 # name: REPOSITORY/FILES on the hub, then the fields that make a document, a blank line between them
 CORPORA = {

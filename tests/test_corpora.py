@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import ROOT
+import pretrain
+from conftest import ROOT, SMALL
 from data import UserError, hub, prepare, tokens
 from data.mixture import Mixture
 from data.prepare import CORPORA, read_meta, summary
@@ -418,3 +419,15 @@ def test_a_mixture_deals_out_blocks_of_the_token_files(mirror, tmp_path):
             seen = (rows == block).all(1).sum()
             assert seen == (passes if i < mixture.available[name] else 0)  # the tail is held out
     assert mixture.manifest()["omi2"]["sha256"] == read_meta(tmp_path / "omi2-toy.bin")["sha256"]
+
+
+def test_pretraining_prepares_a_corpus_of_the_hub_on_first_use(mirror, tmp_path):
+    def train(mix, source):
+        small = dict(SMALL, tokens=1024, context=64, max_steps=2, out_dir=str(tmp_path / "run"))
+        return pretrain.main(pretrain.Config(**small, mix=mix, hub=source, data_dir=str(tmp_path)))
+
+    assert set(train("gsm8k:50%,mmqa:50%", mirror[0])["loss"]) == {"gsm8k", "mmqa"}
+    manifest = json.loads((tmp_path / "run" / "mixture.json").read_text())
+    assert manifest["mmqa"]["sha256"] == read_meta(tmp_path / "mmqa-toy.bin")["sha256"]
+    with pytest.raises(UserError, match="OpenMathInstruct-1.* could not be read .*--hub=DIR"):
+        train("gsm8k:50%,omi1:50%", "/nowhere")

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from data import UserError, prepare, tasks, tokenizer, toy
+from data import UserError, prepare, tasks, tokenizer, tokens, toy
 from data.mixture import Mixture, parse_mix, shuffled
 from data.tasks import load_questions
 from data.tokenizer import EOT, get_tokenizer
@@ -127,7 +127,7 @@ def test_a_missing_gpt2_vocabulary_names_the_file_to_save(tmp_path, monkeypatch)
 def test_a_token_file_holds_the_documents_each_with_its_end(tmp_path):
     path = prepare.prepare("toy-omi1", "toy", tmp_path)
     encoding = get_tokenizer("toy")
-    documents = encoding.decode(prepare.read_tokens(path)[:5000].tolist()).split(EOT)[:-1]
+    documents = encoding.decode(tokens.read_tokens(path)[:5000].tolist()).split(EOT)[:-1]
     assert (
         documents == list(itertools.islice(toy.corpus("toy-omi1"), len(documents)))
         and len(documents) > 30
@@ -151,7 +151,7 @@ def test_a_damaged_token_file_is_refused(tmp_path):
     content[1000] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        prepare.read_tokens(path)
+        tokens.read_tokens(path)
 
 
 def test_an_unknown_corpus_is_refused_with_the_names_of_the_others(tmp_path):
