@@ -75,6 +75,7 @@ def read_chunks(file: str, fields: list[str]) -> Iterator[tuple[list, float]]:
 
 
 def parquet_chunks(raw, fields: list[str]) -> Iterator[tuple[list[dict], float]]:
+    """As read_chunks; a row has no key for a column that the file does not have."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

@@ -183,6 +183,16 @@ def test_parquet_columns_may_hold_nothing_or_what_is_not_utf8(tmp_path):
     assert list(read_meta(path)["irregular"].values()) == [2 + 3, 1, 1]
 
 
+def test_a_row_of_an_array_that_is_not_utf8_costs_no_other_row(tmp_path):
+    rows = [{"query": "a", "response": text} for text in ("good 1", "caf\xe9", "good 2")]
+    content = json.dumps(rows, ensure_ascii=False).encode("latin-1")
+    (tmp_path / "meta-math/MetaMathQA").mkdir(parents=True)
+    (tmp_path / "meta-math/MetaMathQA/MetaMathQA-395K.json").write_bytes(content)
+    path = make("mmqa", tmp_path, str(tmp_path))
+    assert documents(path) == ["a\n\ngood 1", "a\n\ngood 2"]
+    assert read_meta(path)["irregular"] == {"rows not in UTF-8 (skipped)": 1}
+
+
 def test_the_end_of_text_token_comes_from_no_text():
     ids, texts, _ = prepare.tokenize([{"text": EOT.encode()}] * 3, ["text"], "toy")
     end = get_tokenizer("toy").eot_token
