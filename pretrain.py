@@ -185,7 +185,6 @@ class Processes(typing.NamedTuple):
         dist.all_gather_object(values, value, group)
         return values
 
-
     def first(self, work, group=None) -> None:
         """work() on rank 0, while the others wait in `group`; its UserError is raised on all."""
         problem = None
@@ -294,7 +293,6 @@ def claim(cfg, folder: Path, file: Path, processes: Processes) -> None:
         shutil.rmtree(folder)
     ours = dataclasses.asdict(cfg)
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({**ours, "run": describe(processes)}, indent=1).encode()
         return write_atomically(file, content)
     theirs = json.loads(file.read_text())
@@ -364,13 +362,15 @@ def write_atomically(path: Path, content) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())  # some file systems say only now that they are full
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save's is a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"{path} could not be written ({reason}): make room and start again, "
                         "what was there is intact") from None  # fmt: skip
@@ -389,7 +389,8 @@ def load_checkpoint(path: Path, device) -> dict:
         raise UserError(f"{path} does not exist: run `torchrun pretrain.py` first, or name "
                         "another run") from None  # fmt: skip
     except Exception:  # zipfile, pickle and torch each have errors of their own for a damaged file
-        raise UserError(f"{path} is no readable checkpoint: delete it, or name another") from None
+        raise UserError(f"{path} is not a readable checkpoint: delete it, or name "
+                        "another") from None  # fmt: skip
 
 
 def model_state(model: GPT, tokenizer: str) -> dict:
@@ -612,20 +613,20 @@ def main(cfg: Config) -> dict:
     processes = setup_distributed(cfg.device)
     stop, context = StopSignal(), autocast(cfg.dtype, processes.device)
     if cfg.batch_size < processes.world:
-        raise UserError(
-            f"--batch_size={cfg.batch_size} leaves some of {processes.world} ranks without data"
-        )
+        raise UserError(f"--batch_size={cfg.batch_size} leaves some of {processes.world} ranks "
+                        "without data")  # fmt: skip
     mixture = load_mixture(cfg, processes)
     total = min(cfg.max_steps or mixture.steps, mixture.steps)
     model = build_model(cfg, get_tokenizer(cfg.tokenizer).n_vocab, processes.device)
     optimizer = build_optimizer(cfg, model)
-    step, evaluation, folder = 0, {}, Path(cfg.out_dir)
+    step, evaluation, metrics_size, folder = 0, {}, 0, Path(cfg.out_dir)
     if state := open_run(cfg, processes):
-        step, evaluation = state["step"], state["evaluation"]
+        step, evaluation, metrics_size = state["step"], state["evaluation"], state["metrics_size"]
         restore(folder / "ckpt.pt", state, model=model, optimizer=optimizer)
+    del state  # a second copy of the weights
     manifest = json.dumps(mixture.manifest(), indent=1).encode()
     processes.first(lambda: write_atomically(folder / "mixture.json", manifest))
-    log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
+    log = RunLog(cfg, processes, total, step, metrics_size)
     parameters = sum(p.numel() for p in model.parameters())
     log.say(f"{parameters / 1e6:.2f}M parameters, {total} steps of {cfg.batch_size} x "
             f"{cfg.context} tokens, {processes.world} rank(s) on {processes.device}")  # fmt: skip

@@ -46,8 +46,9 @@ def train(argv: list[str]) -> None:
     model = pretrain.build_model(cfg, vocab_size, processes.device)
     optimizer = pretrain.build_optimizer(cfg, model)
     ddp = pretrain.wrap(cfg, model, context, processes)
-    blocks = torch.randint(vocab_size, (cfg.batch_size, cfg.context + 1), device=processes.device)
-    tokens, seconds = blocks[:, 1:].numel(), []
+    rows = len(range(processes.rank, cfg.batch_size, processes.world))
+    blocks = torch.randint(vocab_size, (rows, cfg.context + 1), device=processes.device)
+    tokens, seconds = cfg.batch_size * cfg.context, []
     for _ in range(1 + (cfg.max_steps or 10)):  # the first one warms up
         started = time.perf_counter()
         report = pretrain.train_step(ddp, optimizer, blocks, tokens, 1e-3, cfg, context, processes)
@@ -56,13 +57,16 @@ def train(argv: list[str]) -> None:
     best, median = min(seconds[1:]), sorted(seconds[1:])[len(seconds[1:]) // 2]
     N, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
     peak = pretrain.peak_flops(processes.device)
-    show(f"train --preset={cfg.preset} on {processes.device}, {torch.get_num_threads()} threads", {
+    if processes.rank > 0:
+        return
+    place = f"{processes.device}, {processes.world} rank(s), {torch.get_num_threads()} thread(s)"
+    show(f"train --preset={cfg.preset} on {place}", {
         "parameters": f"{N:,}",
         "step": f"{cfg.batch_size} x {cfg.context} tokens, {cfg.micro_batch_size} rows at a time",
         "tokens/s": f"{tokens / best:,.0f} (median {tokens / median:,.0f})",
         "GFLOP/s": f"{flops * tokens / best / 1e9:,.1f} with attention, "
                    f"{6 * N * tokens / best / 1e9:,.1f} as 6 x parameters",
-        "MFU": f"{flops * tokens / best / peak:.1%}" if peak else "peak of this device not known",
+        "MFU": f"{flops * tokens / best / peak / processes.world:.1%}" if peak else "not known",
         "peak memory": f"{peak_memory(processes.device) / 1e9:.2f} GB",
     })  # fmt: skip
 

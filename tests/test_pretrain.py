@@ -346,8 +346,8 @@ def test_fp32_master_weights_move_at_a_learning_rate_of_1e_6():
 def test_the_run_folder_holds_what_the_design_promises(base):
     names = {"config.json", "metrics.jsonl", "mixture.json", "ckpt.pt"}
     assert {p.name for p in Path(base).iterdir()} == names
-    run = json.loads((Path(base) / "config.json").read_text())["run"]
-    assert run.keys() == {"argv", "git_commit", "torch_version", "device", "world_size"}
+    where = json.loads((Path(base) / "config.json").read_text())["run"]
+    assert where.keys() == {"argv", "git_commit", "torch_version", "device", "world_size"}
     found = rows(base)
     assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert found[-1]["kind"] == "eval"
@@ -363,7 +363,8 @@ def test_keep_every_leaves_snapshots_that_rl_can_start_from(tmp_path, data_dir):
     assert kept == ["step_000003.pt", "step_000006.pt", "step_000008.pt"]
     model, tokenizer = pretrain.load_model(tmp_path / "run" / kept[-1], "cpu")
     last = checkpoint(tmp_path / "run")["model"]
-    assert tokenizer == "toy" and all(torch.equal(v, last[k]) for k, v in model.state_dict().items())
+    assert tokenizer == "toy"
+    assert all(torch.equal(weight, last[name]) for name, weight in model.state_dict().items())
 
 
 class Spy(TorchDispatchMode):
@@ -533,7 +534,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, data
 def test_a_corrupt_checkpoint_is_named(tmp_path, data_dir):
     pretrain.main(settings(tmp_path / "run", data_dir, max_steps=1))
     (tmp_path / "run" / "ckpt.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="ckpt.pt is no readable checkpoint"):
+    with pytest.raises(UserError, match="ckpt.pt is not a readable checkpoint"):
         pretrain.main(settings(tmp_path / "run", data_dir, max_steps=1))
 
 
