@@ -720,6 +720,8 @@ def check(cfg: Config) -> None:
                      "top_p", "minibatch_size", "micro_batch_size", "epochs", "learning_rate",
                      "critic_learning_rate", "max_steps", "eval_every", "sample_batch_size",
                      "save_every", "log_every", "time_limit")  # fmt: skip
+    if not 0 <= cfg.warmup < 1:
+        raise UserError(f"--warmup={cfg.warmup} is a share of the schedule: from 0 to below 1")
     if cfg.algo in ("grpo", "reinforce") and cfg.group_size < 2:
         raise UserError(f"--group_size=1 gives {cfg.algo} nothing to compare: use 2 or more")
     if cfg.algo in ("ppo", "grpo", "reinforce") and cfg.top_p != 1:

@@ -45,7 +45,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 FORMATS = ("tinygsm", "omi1", "text")
-TIME_LIMIT = 1.0  # seconds for one program
+TIME_LIMIT = 1.0  # seconds for one program, by the clock
 MEMORY_LIMIT = 512 << 20  # bytes of address space for one child
 LONGEST_ANSWER = 1000  # characters; a longer one is compared by spelling
 LARGEST_NUMBER = 10_000  # bits; a larger one is not computed, and compared by spelling
@@ -63,17 +63,23 @@ class Score(NamedTuple):
 DEFINITION = re.compile(r"^def \w+ *\((?:[^\n]*\)[^\n]*:|[^)\n]*$|[^\n]*\Z)|^def \w*\Z", re.M)
 CODE_LINE = re.compile(
     r"def |class |import \w|from [\w.]+ import|@|#|assert |[\w.]+\(|[)\]}\s]|$"
-    r"|\w+(?:\[[^]]*\])?(?: *, *\w+)* *(?:: *[\w\[\], ]+)?(?:[-+*%]|//?|\*\*)?= *[^=\s]"
+    r"|\w+(?:\[[^]]*\])*(?: *, *\w+)* *(?:: *[\w\[\], ]+)?(?:[-+*%]|//?|\*\*)?= *[^=\s]"
     r"|(?:if|elif|else|for|while|with|try|except|finally)\b.*:\s*(?:#.*)?$")  # fmt: skip
 BOX, BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
 NUMBERS = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 STATED = re.compile(
-    r"(?:####|[Tt]he (?:final )?answer is:?)[ \t]*(\S[^\n]*?)[ \t]*(?=\.\s|\.?$|\n)", re.M)
-ANOTHER_PROBLEM = re.compile(r"\n\s*(?:(?:Question|Problem|Exercise|Q)\b|\n[^\n]*\?\s*\n)")
+    r"(?:####|[Tt]he (?:final )?answer is:?)[*\s]{0,9}([^\s*][^\n]{0,200}?)[ \t]{0,9}"
+    r"(?=\.?\*\*|\.\s|\.?$|, (?:because|since|so|as|which)\b)", re.M)  # fmt: skip
+ANOTHER_PROBLEM = re.compile(
+    r"\n\s{0,9}(?:(?:Question|Problem|Exercise|Q)\b|\n[^\n]{1,999}\?[ \t]{0,9}\n)")
 
 
 def first_problem(completion: str) -> str:
-    """A completion up to the problem that some models make up and solve behind their answer."""
+    """A completion up to the problem that some models make up and solve behind their answer; of a
+    program, cut_program finds the end.
+    """
+    if "<llm-code>" not in completion and DEFINITION.search(completion):
+        return completion
     answered = BOX.search(completion) or STATED.search(completion)
     another = answered and ANOTHER_PROBLEM.search(completion, answered.end())
     return completion[: another.start()] if another else completion
@@ -96,11 +102,12 @@ def cut_program(completion: str, definition: int) -> str:
     """
     lines = completion.replace("\r\n", "\n").split("\n")
     start = end = completion.count("\n", 0, definition)
-    while start > 0 and CODE_LINE.match(lines[start - 1]):
+    while start > 0 and CODE_LINE.match(lines[start - 1][:300]):
         start -= 1
     in_string = False  # a docstring may hold lines that look like prose
-    while end < len(lines) and (in_string or CODE_LINE.match(lines[end])):
-        in_string ^= (lines[end].count('"""') + lines[end].count("'''")) % 2 == 1
+    while end < len(lines) and (in_string or CODE_LINE.match(lines[end][:300])):
+        code = lines[end] if in_string else lines[end].partition("#")[0]
+        in_string ^= (code.count('"""') + code.count("'''")) % 2 == 1
         end += 1
     return "\n".join(lines[start:end])
 
@@ -128,7 +135,7 @@ def prose_answer(text: str, last_number: bool = False) -> tuple[str | None, str]
     last number. "blocked" where it lists more than two different boxes, which is fishing.
     """
     boxed = boxes(text)
-    if len(set(boxed)) > 2:
+    if len(set(map(canonical, boxed[:100]))) > 2:
         return None, "blocked"
     stated = boxed or STATED.findall(text) or (NUMBERS.findall(text) if last_number else [])
     return (stated[-1] if stated else None), ""
@@ -138,8 +145,9 @@ def prose_answer(text: str, last_number: bool = False) -> tuple[str | None, str]
 #
 # Two answers are equal when their canonical forms are. A number is an exact Fraction; an expression
 # is its values at three fixed points, exact where it is rational, to 60 digits of which 30 count
-# where it is not: polynomials and roots that agree there agree everywhere but for one chance in
-# 10^12 and more. What is no mathematics is its spelling. Nothing is ever evaluated as Python.
+# where it is not: polynomials and roots that agree there agree everywhere, but for less than one
+# chance in a million up to degree 100. What is no mathematics is its spelling. Nothing is ever
+# evaluated as Python.
 
 
 class Unreadable(Exception):
@@ -198,7 +206,8 @@ BASES = {word: str(n) for n, word in enumerate(
     "two three four five six seven eight nine ten".split(), 2)}  # fmt: skip
 THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2})((?: ?, ?\d{3})+)(?!\d)")
 UNIT = re.compile(
-    r"(?<=[\d})!]) *(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|abs)\b)"
+    r"(?<=[\d})!]) *(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|abs|half|halves"
+    r"|thirds?|quarters?|dozens?|squared|cubed|plus|minus|times|over|of|not|wrong)\b)"
     r"(?:(?:(?<= )|/ ?)[A-Za-z]{2,}|cm|mm|km|kg|mg|ft|in|mph|lbs?|oz|mi|sq)\b"
     r"(?:[ ./]+[A-Za-z]+)* ?(?:\^ ?\{?[23]\}?)? *$|^(?:USD|EUR|Rs) ")  # fmt: skip
 SYMBOL = r" *(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?|'|\^\{?-1\}?)?(?: ?\([\w, ]*\))? *"
@@ -218,6 +227,8 @@ def canonical(answer: str):
         return Fraction(text)
     try:
         return meaning_of(text) if len(text) <= LONGEST_ANSWER else ("words", text)
+    except ImportError:  # mpmath, which comes with sympy
+        raise
     except Exception:  # what breaks the reader is no answer that a reader could give
         return ("words", text)
 
@@ -250,9 +261,9 @@ def meaning(text: str):
     text = re.sub(r"^[A-Z] ?(?=\(.*,.*\)$)", "", text)  # the name of a point
     if not re.search(r"[\[(⦃]", text):
         text = THOUSANDS.sub(lambda m: m[1] + re.sub(r"[ ,]", "", m[2]), text)
-    if len(parts := split(text, r"\\cup(?![a-z])|\bor\b")) > 1:
+    if len(parts := split(text, r"\\cup(?![a-z])")) > 1:
         return unite(gather(parts))
-    if len(parts := split(text, r",|;|\band\b")) > 1:
+    if len(parts := split(text, r",|;|\band\b|\bor\b")) > 1:
         named = [part.partition("=")[::2] for part in parts if re.match(SYMBOL + "=", part)]
         if len({name.strip().partition("_")[0] for name, _ in named}) > 1:
             return ("set", *sorted((name.strip(), repr(meaning(value))) for name, value in named))
@@ -327,7 +338,7 @@ def relation(text: str):
     if set(signs) <= {"=", r"\in"}:
         if re.fullmatch(SYMBOL, sides[0]) or signs[0] == r"\in" or re.fullmatch(NAMES, sides[0]):
             return meaning(sides[-1])
-        return equation(text)
+        return meaning(sides[0]) if re.fullmatch(SYMBOL, sides[-1]) else equation(text)
     if signs[0][0] == ">":
         signs, sides = [sign.replace(">", "<") for sign in reversed(signs)], sides[::-1]
     if signs == ["!="] and re.fullmatch(SYMBOL, sides[0]):
@@ -577,7 +588,12 @@ class Expression:
 
     def power(self) -> tuple:
         value = self.postfix()
-        return each(power, value, self.argument()) if self.takes("^", "**") else value
+        if not self.takes("^", "**"):
+            return value
+        exponent = self.argument()
+        if self.takes("^", "**"):  # 2^3^2 is 2^9
+            exponent = each(power, exponent, self.argument())
+        return each(power, value, exponent)
 
     def postfix(self) -> tuple:
         value = self.atom()
@@ -662,6 +678,8 @@ class Expression:
     def function(self, name: str) -> tuple:
         base = self.argument() if self.takes("_") else None
         exponent = self.argument() if self.takes("^") else None
+        if exponent and exponent[0] == -1 and f"arc{name}" in FUNCTIONS:
+            name, exponent = f"arc{name}", None
         self.in_angle, outer = name in ANGLES, self.in_angle
         bracketed = self.peek() in ("(", "{", "|")
         value = self.postfix() if bracketed else self.power()
@@ -713,8 +731,20 @@ def equal(prediction: str, gold: str, tolerance: float = 0.0) -> bool:
     if tolerance and isinstance(ours, Fraction):
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             return math.isclose(float(ours), float(theirs), rel_tol=tolerance)
+    try:
+        return len(prediction + gold) < LONGEST_ANSWER and in_other_words(prediction, gold)
+    except Exception:  # as in canonical
+        return False
+
+
+def in_other_words(prediction: str, gold: str) -> bool:
+    """Whether a prediction is the gold answer as a list of Python's, as an equation that says more
+    or less than the gold's, or as one that ends in the gold number.
+    """
+    ours, theirs = canonical(prediction), canonical(gold)
     if isinstance(theirs, tuple) and theirs[0] == "set" and prediction.strip()[:1] == "[":
-        return ours[0] == "[" and ours[-1] == "]" and gather_keys(ours[1:-1]) == theirs  # a list
+        listed = isinstance(ours, tuple) and ours[0] == "[" and ours[-1] == "]"
+        return listed and gather_keys(ours[1:-1]) == theirs
     if "=" in prediction and "=" in gold:  # solved for a variable on one side only
         return equation(clean(prediction)) == equation(clean(gold))
     left, sign, right = prediction.rpartition("=")
@@ -955,8 +985,9 @@ def close_the_wall(out: int, limit: float) -> None:
 
 
 TOGETHER = 64  # programs of one child, where they cannot touch one another
-SIDE_BY_SIDE = 16  # children that are waited for at the same time
-PATIENCE = 0.05  # seconds without a result before the programs behind go on in another child
+SIDE_BY_SIDE = 8  # children that are waited for at the same time
+PATIENCE = 0.25, 0.05  # seconds without a result before the programs behind go on in another
+# child: as a rule, and where a child is so late already that its program may well never end
 
 
 class Child:
@@ -976,7 +1007,7 @@ class Child:
             os._exit(0)
         os.close(out)
 
-    def follow(self, ready: bool, limit: float, results: list, waiting: collections.deque) -> bool:
+    def follow(self, ready: bool, limit: float, patience: float, results: list, waiting) -> bool:
         """Takes in what the child has written; whether it goes on. What it leaves undone waits."""
         if ready:
             data = os.read(self.out, 1 << 16)
@@ -990,7 +1021,7 @@ class Child:
                 return True
             failure = "error"  # it died
         elif not self.late(limit):
-            if time.monotonic() - self.began > PATIENCE and not self.stuck:
+            if time.monotonic() - self.began > patience and not self.stuck:
                 self.stuck = True
                 self.hand_over(waiting)
             return True
@@ -1009,9 +1040,11 @@ class Child:
             waiting.appendleft(behind)
 
     def late(self, limit: float) -> bool:
-        """Whether its program had its time: by the clock, but not if others had the processor."""
+        """Whether its program had its time: by the clock, for loops that run side by side share the
+        processor. Only where it had less than a fifth of that, up to 10 times as long.
+        """
         seconds = time.monotonic() - self.began
-        return seconds > limit and (seconds > 10 * limit or self.cpu_seconds() > limit / 20)
+        return seconds > limit and (seconds > 10 * limit or self.cpu_seconds() > limit / 5)
 
     def cpu_seconds(self) -> float:
         try:
@@ -1044,12 +1077,15 @@ def run_programs(programs: list, limit: float) -> list:
     while waiting or children:
         if waiting and len(children) < SIDE_BY_SIDE and all(child.stuck for child in children):
             children.append(Child(waiting.popleft(), programs, limit))
-        ready = select.select([0, *(child.out for child in children)], [], [], PATIENCE)[0]
+        late = any(time.monotonic() - child.began > limit / 2 for child in children)
+        patience = PATIENCE[late]
+        ready = select.select([0, *(child.out for child in children)], [], [], PATIENCE[1])[0]
         if 0 in ready:
             sys.exit()  # the caller has ended; the children die with this process
-        for child in [c for c in children if not c.follow(c.out in ready, limit, results, waiting)]:
-            child.end()
-            children.remove(child)
+        for child in list(children):
+            if not child.follow(child.out in ready, limit, patience, results, waiting):
+                child.end()
+                children.remove(child)
     return results
 
 
@@ -1239,12 +1275,19 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def maj_at_k(answers: list[str | None], gold: str) -> float:
-    """1 if the commonest answer is the gold one, else 0. None does not vote; a tie goes to the
+def vote(answers: list[str | None]) -> int | None:
+    """The place of the first of the commonest answers. None does not vote; a tie goes to the
     earliest.
     """
-    votes = collections.Counter(canonical(answer) for answer in answers if answer is not None)
-    return float(bool(votes) and votes.most_common(1)[0][0] == canonical(gold))
+    meanings = [None if answer is None else canonical(answer) for answer in answers]
+    votes = collections.Counter(meaning for meaning in meanings if meaning is not None)
+    return meanings.index(votes.most_common(1)[0][0]) if votes else None
+
+
+def maj_at_k(answers: list[str | None], gold: str) -> float:
+    """1 if the commonest answer is the gold one, else 0."""
+    winner = vote(answers)
+    return float(winner is not None and equal(answers[winner], gold))
 
 
 # ---------------------------------------------------------------- summary and table
@@ -1271,13 +1314,14 @@ def summarize(rows: list[dict], n: int | None = None) -> dict:
             sampled[row["id"]].append(row)
     n = n or len({row["id"] for row in rows})
     k = min(map(len, sampled.values()), default=0)
-    pass_at_1 = sum(row["reward"] for row in greedy) / n if greedy else None
+    pass_at_1 = sum(row["reward"] for row in greedy) / max(n, len(greedy)) if greedy else None
     summary, groups = {"n": n, "pass@1": pass_at_1, "k": k}, list(sampled.values())
     if k:
         correct = [sum(row["reward"] for row in group) for group in groups]
         summary["pass@k"] = sum(pass_at_k(len(g), int(c), k) for g, c in zip(groups, correct)) / n
-        votes = (maj_at_k([row["answer"] for row in g[:k]], g[0]["gold"]) for g in groups)
-        summary["maj@k"] = sum(votes) / n
+        winners = [vote([row["answer"] for row in g[:k]]) for g in groups]
+        won = (g[i]["reward"] for g, i in zip(groups, winners) if i is not None)
+        summary["maj@k"] = sum(won) / n
         summary["sampled_pass@1"] = sum(c / len(g) for g, c in zip(groups, correct)) / n
     summary["formats"] = shares(greedy)
     summary["sampled_formats"] = shares([row for group in groups for row in group])
@@ -1335,9 +1379,12 @@ def read_completions(file: str) -> tuple[list[dict], list[str]]:
     rows, bad = [], []
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-                rows.append({**row, "completion": str(row["completion"]), "gold": str(row["gold"])})
+                gold = str(row["gold"]).rpartition("####")[2].strip()  # GSM8K's has its solution
+                rows.append({**row, "completion": str(row["completion"]), "gold": gold})
             except (ValueError, TypeError) as error:
                 bad.append(f"line {number} is not a JSON object ({error})")
             except KeyError as error:
@@ -1371,7 +1418,7 @@ def main(argv: list[str]) -> int:
         if not rows:
             raise ValueError(f"{file} holds no completion: each line needs completion and gold")
     except OSError as error:
-        print(f"verify.py: {argv[0]} cannot be read ({error.strerror})", file=sys.stderr)
+        print(f"verify.py: {error.filename} cannot be read ({error.strerror})", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"verify.py: {error}", file=sys.stderr)

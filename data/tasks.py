@@ -93,7 +93,7 @@ def row_to_question(row: dict, default_id: str, source: str) -> Question:
     """Question and gold by the names in use: the answer (behind "####" if there), or the
     solution's last box.
     """
-    fields = {key.lower(): value for key, value in row.items()}
+    fields = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
     question = fields.get("question", fields.get("problem"))
     boxed = boxes(str(fields.get("solution", "")))
     gold = fields.get("answer", boxed[-1] if boxed else None)
