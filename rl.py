@@ -78,7 +78,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of a gradient
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
-    max_steps: int = 24  # rollouts, each with its updates; ei: rounds
+    max_steps: int = 36  # rollouts, each with its updates; ei: rounds
     eval_every: int = 6  # steps between evaluations
     eval_k: int = 8  # samples a question for pass@k and maj@k
     eval_temperature: float = 1.0  # of those samples
