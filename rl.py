@@ -281,7 +281,7 @@ class Critic(nn.Module):
         )
 
 
-# ---------------------------------------------------------------- the three algorithms
+# ---------------------------------------------------------------- the algorithms
 #
 # algo       advantage of a token            loss per token           extra network
 # ppo        GAE from the critic, KL in r    clipped ratio + value    critic
