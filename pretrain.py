@@ -7,6 +7,7 @@ ckpt.pt. Run it again to continue an unfinished run. The plumbing that rl.py sha
 
 import contextlib
 import ctypes
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -232,6 +233,21 @@ def autocast(dtype: str, device: torch.device):
         amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
         dtype = "bfloat16" if device.type == "cuda" or amx else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+@contextlib.contextmanager
+def signals_restored():
+    """Gives Ctrl-C and SIGTERM back to whom they belonged: a StopSignal lives as long as its run.
+
+    A process forked later would inherit the handler, and not end when it is told to.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class StopSignal:
@@ -606,6 +622,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
+@signals_restored()
 def main(cfg: Config) -> dict:
     """Trains until the mixture (or max_steps) is used up; returns the last evaluation row."""
     require_positive(cfg, "batch_size", "micro_batch_size", "learning_rate", "context", "width",

@@ -34,7 +34,7 @@ from data.tokenizer import get_tokenizer
 from model import GPT, generate
 from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, model_state,
                       open_run, require_positive, restore, save_checkpoint, schedule,
-                      setup_distributed, write_atomically)  # fmt: skip
+                      setup_distributed, signals_restored, write_atomically)  # fmt: skip
 from verify import FORMATS, score_batch, start_servers, summarize, table
 
 
@@ -784,6 +784,7 @@ def conclude(log: RunLog, cfg: Config, folder: Path, evaluations: list[dict], se
             log.say(f"note: {sentence}")
 
 
+@signals_restored()
 def main(cfg: Config) -> dict:
     """Trains for max_steps rollouts (or only evaluates); returns the last evaluation row."""
     check(cfg)

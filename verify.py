@@ -1209,11 +1209,11 @@ def run_all(programs: list[tuple[str, bool]], limit: float) -> list[tuple]:
     if not programs:
         return []
     idle, hired = servers(os.getpid()), []
-    hired.append(idle.get())
-    with contextlib.suppress(queue.Empty):
-        while len(hired) * 8 < len(programs):
-            hired.append(idle.get_nowait())
     try:
+        hired.append(idle.get())
+        with contextlib.suppress(queue.Empty):
+            while len(hired) * 8 < len(programs):
+                hired.append(idle.get_nowait())
         with ThreadPoolExecutor(len(hired)) as threads:
             parts = [programs[i :: len(hired)] for i in range(len(hired))]
             ran = list(threads.map(lambda server, part: server.run(part, limit), hired, parts))

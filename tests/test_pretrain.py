@@ -483,6 +483,14 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, data_dir):
     assert checkpoint(tmp_path / "0" / "run")["step"] == 5
 
 
+def test_a_run_gives_the_signals_back(base, data_dir):
+    """A pool that is forked after a run, in a notebook, ends its workers with SIGTERM."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    pretrain.main(base_settings(base, data_dir))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert before == [signal.default_int_handler, signal.SIG_DFL]
+
+
 def test_a_rank_that_dies_ends_the_others_with_a_sentence(tmp_path, data_dir):
     killed = functools.partial(killed_at_batch, 5, signal.SIGKILL, 1)
     assert run(tmp_path, pretraining(data_dir, killed), world=2) == [1, -signal.SIGKILL]

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -453,6 +454,7 @@ def test_a_run_fills_its_folder_and_a_killed_one_continues_to_the_same_bits(
     monkeypatch.setattr(rl, "learn", die)
     with pytest.raises(KeyboardInterrupt):
         rl.main(killed)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # given back
     monkeypatch.setattr(rl, "learn", learn)
     capsys.readouterr()
     rl.main(killed)
