@@ -959,11 +959,12 @@ def system_call_filter() -> bytes:
     return b"".join(struct.pack("HBBI", *line) for line in code)
 
 
-def close_the_wall(out: int, limit: float) -> None:
-    """Limits for this process for good: of what it may use, and of what it may ask the kernel."""
+def close_the_wall(out: int, seconds: int) -> None:
+    """Limits for this process for good: of what it may use, its processor time in seconds among
+    it, and of what it may ask the kernel.
+    """
     import resource
 
-    seconds = math.ceil(limit) + 1
     limits = {resource.RLIMIT_AS: MEMORY_LIMIT, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NPROC: 0,
               resource.RLIMIT_NOFILE: out + 1, resource.RLIMIT_CORE: 0,
               resource.RLIMIT_CPU: seconds}  # fmt: skip
@@ -984,10 +985,10 @@ def close_the_wall(out: int, limit: float) -> None:
 # ------------------------------------------------------------ programs: the server
 
 
-TOGETHER = 64  # programs of one child, where they cannot touch one another
+TOGETHER = 256  # programs of one child, where they cannot touch one another
 SIDE_BY_SIDE = 8  # children that are waited for at the same time
-PATIENCE = 0.25, 0.05  # seconds without a result before the programs behind go on in another
-# child: as a rule, and where a child is so late already that its program may well never end
+PATIENCE = 0.1, 0.05  # seconds without a result before the programs behind go on in another child:
+# of the first such program, and of those that come while it runs on
 
 
 class Child:
@@ -1000,7 +1001,7 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             with contextlib.suppress(BaseException):
-                close_the_wall(out, limit)
+                close_the_wall(out, math.ceil(limit * len(indices)) + 1)
                 for index in indices:
                     result = run_program(*programs[index], alone=len(indices) == 1)
                     os.write(out, json.dumps(result).encode() + b"\n")
@@ -1077,8 +1078,7 @@ def run_programs(programs: list, limit: float) -> list:
     while waiting or children:
         if waiting and len(children) < SIDE_BY_SIDE and all(child.stuck for child in children):
             children.append(Child(waiting.popleft(), programs, limit))
-        late = any(time.monotonic() - child.began > limit / 2 for child in children)
-        patience = PATIENCE[late]
+        patience = PATIENCE[bool(children) and children[0].stuck]
         ready = select.select([0, *(child.out for child in children)], [], [], PATIENCE[1])[0]
         if 0 in ready:
             sys.exit()  # the caller has ended; the children die with this process

@@ -274,7 +274,7 @@ def test_the_first_wall_stands_without_the_second(monkeypatch):
     """What reaches out of arithmetic is refused by the syntax and by what a program can see of the
     modules, where the kernel refuses nothing.
     """
-    monkeypatch.setattr(verify, "close_the_wall", lambda out, limit: None)
+    monkeypatch.setattr(verify, "close_the_wall", lambda out, seconds: None)
     monkeypatch.setattr(verify.select, "select", without_stdin(verify.select.select))
     verify.load_sympy()
     code = {name: verify.split_format(text)[1] for name, text in CODE_SUITE.items()
@@ -287,7 +287,7 @@ BEHIND_THE_WALL = """
 import ctypes, os, socket, sys, time
 sys.path.insert(0, {folder!r})
 import verify
-verify.close_the_wall(1, 1.0)
+verify.close_the_wall(1, 2)
 for name, attempt in dict(
     open=lambda: open("/etc/passwd"), write=lambda: open("/tmp/{mark}", "w"), fork=os.fork,
     socket=socket.socket, kill=lambda: os.kill(os.getppid(), 0), sleep=lambda: time.sleep(9),
@@ -340,6 +340,12 @@ def test_loops_for_ever_run_side_by_side(monkeypatch):
 def without_stdin(select):
     """The server's select, for a test that has no caller at its standard input."""
     return lambda readable, *rest: select([fd for fd in readable if fd != 0], *rest)
+
+
+def test_programs_that_are_slow_one_after_the_other_are_not_out_of_time():
+    """Together they need more processor time than one of them may have."""
+    slow = "def f():\n    n = 0\n    for i in range(1_000_000):\n        n += 1\n    return n"
+    assert [s.failure for s in score_batch([slow] * 140, ["1000000"] * 140)] == [None] * 140
 
 
 def test_a_machine_that_is_busy_elsewhere_is_no_time_out(monkeypatch):
