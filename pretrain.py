@@ -320,6 +320,16 @@ def claim(cfg, folder: Path, file: Path, processes: Processes) -> None:
                         "--out_dir, or --overwrite=true to delete that run")  # fmt: skip
 
 
+def write_manifest(file: Path, manifest: dict, continues: bool) -> None:
+    """Writes what the mixture holds; a run that continues must read the same tokens as before."""
+    before = json.loads(file.read_text()) if continues and file.exists() else manifest
+    if differing := [name for name in manifest if before.get(name) != manifest[name]]:
+        raise UserError(f"the tokens of {', '.join(differing)} are not those that {file.parent} "
+                        "began with: bring them back, choose another --out_dir, or "
+                        "--overwrite=true to delete that run")  # fmt: skip
+    write_atomically(file, json.dumps(manifest, indent=1).encode())
+
+
 def describe(processes: Processes) -> dict:
     """What a run's config.json says of where it ran."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
@@ -637,12 +647,12 @@ def main(cfg: Config) -> dict:
     model = build_model(cfg, get_tokenizer(cfg.tokenizer).n_vocab, processes.device)
     optimizer = build_optimizer(cfg, model)
     step, evaluation, metrics_size, folder = 0, {}, 0, Path(cfg.out_dir)
-    if state := open_run(cfg, processes):
+    state, manifest = open_run(cfg, processes), mixture.manifest()
+    processes.first(lambda: write_manifest(folder / "mixture.json", manifest, bool(state)))
+    if state:
         step, evaluation, metrics_size = state["step"], state["evaluation"], state["metrics_size"]
         restore(folder / "ckpt.pt", state, model=model, optimizer=optimizer)
     del state  # a second copy of the weights
-    manifest = json.dumps(mixture.manifest(), indent=1).encode()
-    processes.first(lambda: write_atomically(folder / "mixture.json", manifest))
     log = RunLog(cfg, processes, total, step, metrics_size)
     parameters = sum(p.numel() for p in model.parameters())
     log.say(f"{parameters / 1e6:.2f}M parameters, {total} steps of {cfg.batch_size} x "

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -537,6 +538,17 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, data
     assert len(printed.splitlines()) == 1 and "make room and start again" in printed
     assert checkpoint(tmp_path / "0" / "run")["step"] == 3
     assert not list((tmp_path / "0" / "run").glob("*.tmp"))
+
+
+def test_a_run_does_not_go_on_with_other_tokens(tmp_path, base, data_dir):
+    shutil.copytree(base, tmp_path / "run")
+    file = tmp_path / "run" / "mixture.json"
+    then = json.loads(file.read_text())
+    then["toy-omi1"]["sha256"] = "0" * 64
+    file.write_text(json.dumps(then))
+    with pytest.raises(UserError, match="the tokens of toy-omi1 are not those"):
+        pretrain.main(base_settings(str(tmp_path / "run"), data_dir))
+    assert json.loads(file.read_text()) == then
 
 
 def test_a_corrupt_checkpoint_is_named(tmp_path, data_dir):
