@@ -176,6 +176,7 @@ def repeating(match: re.Match) -> str:
 
 
 SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"^ *(?:[Tt]he )?(?:final )?answer is:? ", ""),
     (r"^ *\*\*(.*)\*\* *$", r"\1"), (r"[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{m[0].translate(RAISED)}}}"),
     (r"\\(?:boxed|fbox|underline) *\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),
     (r"\\(?:boxed|fbox|underline) *\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),  # and one inside
