@@ -241,7 +241,57 @@ def completion_states(gpt: GPT, batch: Batch) -> torch.Tensor:
 
 def unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(n,) values of the kept tokens back in their places (B, T), zero elsewhere."""
-    return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+class TokenLogps(torch.autograd.Function):
+    """log p[token] and the entropy of p = softmax(z), z = hidden @ weight.T / temperature; (n,).
+
+    hidden (n, C), weight (V, C), tokens (n,); at least fp32, whatever the autocast. Logits exist
+    for one chunk of tokens at a time: the backward pass computes them again, which costs no more
+    than to write and read them. Gradients at z: onehot - p, and -p (log p + entropy).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature: float, train_entropy: bool):
+        kind = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        ctx.temperature, ctx.train_entropy = temperature, train_entropy
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logp, entropy = hidden.new_empty((2, len(hidden)), dtype=exact)
+        for i, x, w, y, logps in TokenLogps.chunks(ctx, hidden, weight, tokens):
+            logp[i] = logps.gather(1, y)[:, 0]
+            entropy[i] = -torch.linalg.vecdot(logps.exp(), logps)
+        ctx.save_for_backward(hidden, weight, tokens, entropy)
+        if not train_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy):
+        hidden, weight, tokens, entropy = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i, x, w, y, logps in TokenLogps.chunks(ctx, hidden, weight, tokens):
+            scale = -d_logp[i, None]
+            if ctx.train_entropy:
+                scale = scale - d_entropy[i, None] * (logps + entropy[i, None])
+            d_logits = logps.exp_().mul_(scale).scatter_add_(1, y, d_logp[i, None])
+            d_logits = d_logits.div_(ctx.temperature).to(x.dtype)  # (chunk, V)
+            d_hidden[i] = (d_logits @ w).to(d_hidden.dtype)
+            d_weight += d_logits.t() @ x
+        return d_hidden, d_weight, None, None, None
+
+    @staticmethod
+    def chunks(ctx, hidden, weight, tokens, size: int = 512):
+        """For `size` tokens at a time: their slice, states, the weight, ids (size, 1) and all
+        log-probs (size, V).
+        """
+        hidden, weight = (t.to(ctx.dtype or t.dtype) for t in (hidden, weight))
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        for first in range(0, len(hidden), size):
+            i = slice(first, first + size)
+            z = nn.functional.linear(hidden[i], weight).to(exact).div_(ctx.temperature)
+            yield i, hidden[i], weight, tokens[i, None], z.log_softmax(dim=-1)
 
 
 class Policy(nn.Module):
@@ -254,13 +304,15 @@ class Policy(nn.Module):
         self.gpt, self.temperature, self.train_entropy = gpt, temperature, train_entropy
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = (
-            self.gpt.head(completion_states(self.gpt, batch)).float() / self.temperature
-        )  # (n, V)
-        logps = logits.log_softmax(dim=-1)
-        logp = logps.gather(1, batch.tokens[batch.mask][:, None])[:, 0]
-        with torch.set_grad_enabled(self.train_entropy and torch.is_grad_enabled()):
-            entropy = -(logps.exp() * logps).sum(dim=-1)
+        states, tokens = (
+            completion_states(self.gpt, batch),
+            batch.tokens[batch.mask],
+        )  # (n, C), (n,)
+        # not compiled: the number of tokens, so that of chunks, changes from batch to batch
+        apply = torch.compiler.disable(TokenLogps.apply)
+        logp, entropy = apply(
+            states, self.gpt.head.weight, tokens, self.temperature, self.train_entropy
+        )
         return unflatten(logp, batch.mask), unflatten(entropy, batch.mask)
 
 
@@ -427,7 +479,9 @@ class Trainer:
 
     def __init__(self, module: nn.Module, peak: float, cfg, processes: Processes):
         self.module, self.peak, self.cfg, self.processes = module, peak, cfg, processes
-        self.ddp = DistributedDataParallel(torch.compile(module) if cfg.compile else module)
+        called = torch.compile(module) if cfg.compile else module
+        # the gradients live in DDP's buckets: no second copy of them
+        self.ddp = DistributedDataParallel(called, gradient_as_bucket_view=True)
         self.reset()
 
     def reset(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl
 from conftest import ROOT
@@ -80,8 +81,12 @@ def test_the_reward_is_on_the_last_token_even_of_a_one_token_answer(length):
     batch = batch_of(rollout)
     batch.old_logp, batch.ref_logp = torch.full((1, length), -1.0), torch.full((1, length), -3.0)
     assert rl.token_rewards(batch, Config(kl_coef=0.0)).tolist() == [[0.0] * (length - 1) + [1.0]]
-    torch.testing.assert_close(rl.token_rewards(batch, Config(kl_coef=0.1))[0, -1], torch.tensor(1.0 - 0.1 * 2))
-    assert torch.allclose(rl.token_rewards(batch, Config(kl_coef=0.1))[0, :-1], torch.tensor(-0.1 * 2))
+    torch.testing.assert_close(
+        rl.token_rewards(batch, Config(kl_coef=0.1))[0, -1], torch.tensor(1.0 - 0.1 * 2)
+    )
+    assert torch.allclose(
+        rl.token_rewards(batch, Config(kl_coef=0.1))[0, :-1], torch.tensor(-0.1 * 2)
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
@@ -134,6 +139,53 @@ def test_log_probs_agree_with_a_loop_over_tokens(gpt):
     assert (logp[~batch.mask] == 0).all()
 
 
+@pytest.mark.parametrize("train_entropy", [False, True])
+@pytest.mark.parametrize("tokens", [1, 512, 1100])  # less than a chunk, one, two and a rest
+def test_chunked_log_probs_and_entropies_have_the_gradients_of_plain_ones(tokens, train_entropy):
+    draw = torch.Generator().manual_seed(tokens)
+    hidden, weight, d_logp, d_entropy = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in ((tokens, 8), (30, 8), (tokens,), (tokens,))
+    )
+    ids = torch.randint(30, (tokens,), generator=draw)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    ours = rl.TokenLogps.apply(*inputs, ids, 0.7, train_entropy)
+    logps = (hidden @ weight.t() / 0.7).log_softmax(-1)
+    theirs = logps.gather(1, ids[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    assert ours[0].requires_grad and ours[1].requires_grad == train_entropy
+    found, expected = (
+        torch.autograd.grad(d_logp @ logp + d_entropy @ entropy * train_entropy, inputs)
+        for logp, entropy in (ours, theirs)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+class Widest(TorchDispatchMode):
+    """Notes the most rows that a result with V numbers in each has had."""
+
+    def __init__(self, V: int):
+        super().__init__()
+        self.V, self.rows = V, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.size(-1) == self.V:
+            self.rows = max(self.rows, result.numel() // self.V)
+        return result
+
+
+@pytest.mark.parametrize("train_entropy", [False, True])
+def test_logits_of_a_whole_micro_batch_never_exist(gpt, train_entropy):
+    """At 50,000 tokens of vocabulary and 8 rows of 1,000 they are 1.6 GB, several times over."""
+    batch = batch_of(random_rollout([0.0] * 300))
+    assert int(batch.mask.sum()) > 1000
+    with Widest(50) as widest:
+        logp, entropy = Policy(gpt, 1.0, train_entropy)(batch)
+        (logp.sum() + entropy.sum()).backward()
+    assert widest.rows == 512 and gpt.embed.weight.grad.any()
+
+
 def test_log_probs_do_not_depend_on_the_padding(gpt):
     """Attention to tokens behind the end (trl#2708); positions shifted by padding (trl#6800)."""
     rollout = random_rollout([0.0] * 4, prompt_lengths=(2, 30, 9, 17))
@@ -147,10 +199,13 @@ def test_log_probs_are_computed_in_fp32_under_bfloat16(gpt):
     """KL in bfloat16 is noise (OpenRLHF#620)."""
     batch = batch_of(random_rollout([0.0] * 4))
     with torch.autocast("cpu", torch.bfloat16):
-        logp, _ = Policy(gpt, 1.0)(batch)
-        logits = gpt(batch.ids)
-    assert logp.dtype == torch.float32 and logits.dtype == torch.bfloat16
-    assert (logp[batch.mask] != logp[batch.mask].bfloat16()).any()
+        logp, entropy = Policy(gpt, 1.0, train_entropy=True)(batch)
+        logits = gpt.head(rl.completion_states(gpt, batch))
+    assert logp.dtype == entropy.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    exact = logits.float().log_softmax(-1)
+    assert torch.equal(logp[batch.mask], exact.gather(1, batch.tokens[batch.mask][:, None])[:, 0])
+    (logp.sum() + entropy.sum()).backward()  # outside the autocast, as in an update
+    assert gpt.embed.weight.grad.dtype == torch.float32
 
 
 def test_k3_is_never_negative_and_its_mean_is_the_kl():
@@ -336,7 +391,8 @@ def test_a_rank_without_rows_has_a_batch_that_counts_nothing(gpt):
     batch = batch_of(random_rollout(REWARDS), [])
     logp, _ = Policy(gpt, 1.0)(batch)
     loss = (
-        rl.clipped_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config()) * batch.mask
+        rl.clipped_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config())
+        * batch.mask
     ).sum()
     loss.backward()
     assert float(loss.detach()) == 0 and all(
