@@ -304,10 +304,8 @@ class Policy(nn.Module):
         self.gpt, self.temperature, self.train_entropy = gpt, temperature, train_entropy
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        states, tokens = (
-            completion_states(self.gpt, batch),
-            batch.tokens[batch.mask],
-        )  # (n, C), (n,)
+        states = completion_states(self.gpt, batch)  # (n, C)
+        tokens = batch.tokens[batch.mask]  # (n,)
         # not compiled: the number of tokens, so that of chunks, changes from batch to batch
         apply = torch.compiler.disable(TokenLogps.apply)
         logp, entropy = apply(
