@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from data.tasks import Question, load_questions
 from data.tokenizer import get_tokenizer
 from model import GPT, generate
 from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, model_state,
-                      open_run, require_positive, restore, save_checkpoint, schedule,
+                      open_run, parse_config, require_positive, restore, save_checkpoint, schedule,
                       setup_distributed, signals_restored, write_atomically)  # fmt: skip
 from verify import FORMATS, score_batch, start_servers, summarize, table
 
@@ -116,6 +117,33 @@ PRESETS = {  # every entry applies whose words are among the chosen preset and a
 }  # fmt: skip
 
 
+USED_BY = {  # settings that not every --algo reads, and those that do
+    "prompts_per_step group_size temperature minibatch_size micro_batch_size epochs learning_rate"
+    " warmup min_learning_rate entropy_coef loss_norm grad_clip beta1 beta2 max_steps eval_every"
+    " save_every log_every compile": "ppo grpo reinforce ei",
+    "kl_coef kl_in kl_estimator": "ppo grpo reinforce",
+    "clip_eps": "ppo grpo",
+    "critic_learning_rate value_clip gamma gae_lambda whiten": "ppo",
+    "scale_rewards": "grpo",
+    "top_p restart_from_base": "ei",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def memory_for(cfg: Config, name: str):
+    """Turns running out of memory within it into the sentence that names the setting to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no class for it
+        known = isinstance(error, torch.OutOfMemoryError), "can't allocate memory" in str(error)
+        if not any(known):
+            raise
+        sentence = f"out of memory: lower --{name}, {getattr(cfg, name)} now"
+        if os.environ.get("RANK", "0") != "0":  # launch prints what happens on rank 0, or on all
+            print(f"rl.py: {sentence}", file=sys.stderr)
+        raise UserError(sentence) from None
+
+
 # ---------------------------------------------------------------- rollouts
 
 
@@ -163,11 +191,12 @@ def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, p
     completions, logps, started = [], [], time.perf_counter()
     for first in range(0, len(mine), cfg.sample_batch_size):
         part = mine[first : first + cfg.sample_batch_size]
-        tokens, mask, logp = generate(
-            model, [pairs[i][1] for i in part], cfg.max_new_tokens, encoding.eot_token,
-            [torch.Generator().manual_seed(int(seeds[i])) for i in part],
-            0.0 if greedy else cfg.temperature, cfg.top_p,
-        )  # fmt: skip
+        with memory_for(cfg, "sample_batch_size"):
+            tokens, mask, logp = generate(
+                model, [pairs[i][1] for i in part], cfg.max_new_tokens, encoding.eot_token,
+                [torch.Generator().manual_seed(int(seeds[i])) for i in part],
+                0.0 if greedy else cfg.temperature, cfg.top_p,
+            )  # fmt: skip
         mask = mask.cpu()
         completions += [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask)]
         logps += [row[kept].tolist() for row, kept in zip(logp.cpu(), mask)]
@@ -290,8 +319,10 @@ class TokenLogps(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         for first in range(0, len(hidden), size):
             i = slice(first, first + size)
-            z = nn.functional.linear(hidden[i], weight).to(exact).div_(ctx.temperature)
-            yield i, hidden[i], weight, tokens[i, None], z.log_softmax(dim=-1)
+            logits = nn.functional.linear(hidden[i], weight).to(exact)
+            logps = logits.div_(ctx.temperature).log_softmax(dim=-1)
+            del logits  # not kept while the caller works
+            yield i, hidden[i], weight, tokens[i, None], logps
 
 
 class Policy(nn.Module):
@@ -766,6 +797,21 @@ def draw(folder: Path, rows: list[dict]) -> None:
 # ---------------------------------------------------------------- the run
 
 
+def refuse_unused(cfg: Config) -> None:
+    """Raises UserError where a setting was changed that the algorithm does not read.
+
+    What a file given by --config holds is not held against it: another algorithm's run, whose
+    config.json has every field, may be repeated with this one.
+    """
+    file = [f"--config={cfg.config}"] if cfg.config else []
+    flags = [*file, f"--preset={cfg.preset}", f"--algo={cfg.algo}"]
+    default = parse_config(Config, PRESETS, flags)
+    for names, algos in USED_BY.items():
+        for name in names.split() if cfg.algo not in algos.split() else ():
+            if getattr(cfg, name) != getattr(default, name):
+                raise UserError(f"--{name} does nothing with --algo={cfg.algo}: leave it out")
+
+
 def check(cfg: Config) -> None:
     """Raises UserError on settings that cannot work, before anything is loaded."""
     require_positive(cfg, "prompts_per_step", "group_size", "max_new_tokens", "temperature",
@@ -782,6 +828,7 @@ def check(cfg: Config) -> None:
     if cfg.algo in ("grpo", "reinforce") and cfg.kl_in == "reward" and cfg.kl_coef:
         raise UserError(f"{cfg.algo} has one reward for a completion, not one for each token: use "
                         "--kl_in=loss")  # fmt: skip
+    refuse_unused(cfg)
     if cfg.kl_in == "loss" and cfg.kl_estimator == "k1" and cfg.kl_coef and cfg.algo != "ei":
         raise UserError("the gradient of k1 in the loss is zero in expectation: use "
                         "--kl_estimator=k3 or k2, or --kl_in=reward")  # fmt: skip
@@ -924,7 +971,8 @@ def main(cfg: Config) -> dict:
         if restarts(cfg):
             model.load_state_dict(base.state_dict())
             policy.reset()
-        metrics = learn(rollout, step, policy, critic, reference, cfg, context, processes)
+        with memory_for(cfg, "micro_batch_size"):
+            metrics = learn(rollout, step, policy, critic, reference, cfg, context, processes)
         seconds["train"] = time.perf_counter() - learning
         step += 1
         log.bar.update()

@@ -366,8 +366,8 @@ def learn_once(gpt_factory, algo, rewards, micro_batch_size, processes=CPU, **ch
     return gradients, metrics
 
 
-def make_gpt():
-    torch.manual_seed(3)
+def make_gpt(seed=3):
+    torch.manual_seed(seed)
     return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=2, heads=2, init_std=0.3))
 
 
@@ -448,20 +448,28 @@ SPREAD = {  # over two ranks: the last minibatch has one row, so rank 1 has none
 }  # fmt: skip
 
 
+def learned(processes=CPU, **changes) -> tuple[list, dict]:
+    """Weights and metrics after the updates of a rollout of 12, in two epochs."""
+    cfg = Config(**{"group_size": 4, "micro_batch_size": 2, "epochs": 2, "kl_coef": 0.1,
+                    "learning_rate": 1e-3, "critic_learning_rate": 1e-3, **changes})  # fmt: skip
+    gpt = make_gpt()
+    policy = Trainer(Policy(gpt, 1.0), cfg.learning_rate, cfg, processes)
+    critic = (
+        Trainer(Critic(gpt), cfg.critic_learning_rate, cfg, processes)
+        if cfg.algo == "ppo"
+        else None
+    )
+    rollout = random_rollout([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    reference = Policy(make_gpt(seed=4), 1.0)
+    metrics = rl.learn(rollout, 0, policy, critic, reference, cfg, FLOAT32, processes)
+    return [trainer.module.state_dict() for trainer in (policy, critic) if trainer], metrics
+
+
 def updates(rank: int) -> None:
-    """Weights and metrics after a rollout's updates, two epochs of them, by each algorithm."""
-    processes, results = setup_distributed("cpu"), {}
-    for name, changes in SPREAD.items():
-        cfg = Config(group_size=4, micro_batch_size=2, epochs=2, learning_rate=1e-3, **changes)
-        gpt = make_gpt()
-        policy = Trainer(Policy(gpt, 1.0), cfg.learning_rate, cfg, processes)
-        critic = Trainer(Critic(gpt), 1e-3, cfg, processes) if cfg.algo == "ppo" else None
-        rollout = random_rollout([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
-        reference = Policy(make_gpt(), 1.0)
-        metrics = rl.learn(rollout, 0, policy, critic, reference, cfg, FLOAT32, processes)
-        networks = [trainer.module.state_dict() for trainer in (policy, critic) if trainer]
-        results[name] = networks, metrics
-    torch.save(results, "results.pt")
+    processes = setup_distributed("cpu")
+    torch.save(
+        {name: learned(processes, **changes) for name, changes in SPREAD.items()}, "results.pt"
+    )
 
 
 def test_an_update_of_two_ranks_is_that_of_one(tmp_path):
@@ -689,7 +697,9 @@ def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_p
         {"question": "Why? " * 300, "answer": 3},
     ]
     file.write_text("\n".join(map(json.dumps, questions)))
-    row = rl.main(settings(tmp_path / "eval", base, "eval", task="gsm8k", questions=str(file)))
+    cfg = Config(algo="eval", init_from=base, out_dir=str(tmp_path / "eval"), task="gsm8k", questions=str(file),
+                 max_new_tokens=24, eval_k=2)  # fmt: skip
+    row = rl.main(cfg)
     assert row["n"] == 2 and row["too_long"] == 1 and row["task"] == "gsm8k"
     assert "1 of 2 test questions are longer than" in capsys.readouterr().out
 
@@ -713,6 +723,81 @@ def test_a_mistake_is_a_sentence_before_anything_is_written(base, tmp_path, chan
     with pytest.raises(UserError, match=message):
         rl.main(dataclasses.replace(settings(tmp_path / "run", base), **change))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("algo, flag", [
+    ("ppo", "scale_rewards=false"), ("ppo", "restart_from_base=false"), ("grpo", "gamma=0.9"), ("grpo", "whiten=false"),
+    ("reinforce", "clip_eps=0.1"), ("reinforce", "critic_learning_rate=0.1"), ("ei", "clip_eps=0.1"),
+    ("ei", "kl_coef=0.1"), ("ei", "kl_in=reward"), ("eval", "temperature=0.5"), ("eval", "max_steps=9"),
+])  # fmt: skip
+def test_a_setting_that_an_algorithm_does_not_read_is_refused(algo, flag):
+    name = flag.partition("=")[0]
+    with pytest.raises(UserError, match=f"--{name} does nothing with --algo={algo}: leave it out"):
+        rl.check(parse_config(Config, rl.PRESETS, [f"--algo={algo}", f"--{flag}"]))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+@pytest.mark.parametrize("algo", [*rl.ALGORITHMS, "eval"])
+def test_presets_and_the_config_of_another_algorithm_s_run_are_not_refused(tmp_path, preset, algo):
+    """Its config.json holds every field, read or not."""
+    flags = [f"--preset={preset}", f"--algo={algo}"]
+    rl.check(parse_config(Config, rl.PRESETS, flags))
+    other = parse_config(Config, rl.PRESETS, ["--gamma=0.9", "--max_steps=9", "--kl_in=loss"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(dataclasses.asdict(other)))
+    rl.check(parse_config(Config, rl.PRESETS, [*flags, f"--config={file}"]))
+
+
+CHANGES = {
+    "kl_coef": 0.2, "kl_in": "loss", "kl_estimator": "k2", "clip_eps": 0.01, "critic_learning_rate": 1e-2,
+    "value_clip": 1e-4, "gamma": 0.9, "gae_lambda": 0.5, "whiten": False, "scale_rewards": False,
+    "restart_from_base": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algo", rl.ALGORITHMS)
+def test_the_settings_that_an_algorithm_reads_are_those_that_change_its_update(algo):
+    """The table against the code: a setting that is refused would have changed no bit."""
+    setup_distributed("cpu")
+    plain = learned(algo=algo)[0]
+    for names, algos in rl.USED_BY.items():
+        for name in set(names.split()) & CHANGES.keys():
+            value = "reward" if name == "kl_in" and algo != "ppo" else CHANGES[name]
+            changed = learned(algo=algo, **{name: value})[0]
+            differs = any(not torch.equal(left[key], right[key])
+                          for left, right in zip(plain, changed) for key in left)  # fmt: skip
+            assert differs == (algo in algos.split()), name
+
+
+def no_gpu_memory(*_):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd a long story."
+    )
+
+
+@pytest.mark.parametrize(
+    "accident", [no_gpu_memory, lambda *_: torch.empty(1 << 60)], ids=["cuda", "cpu"]
+)
+@pytest.mark.parametrize("place, flag", [("generate", "sample_batch_size, 64"),
+                                         ("make_batch", "micro_batch_size, 3")])  # fmt: skip
+def test_out_of_memory_is_a_sentence_with_the_setting_to_lower(
+    base, questions, tmp_path, monkeypatch, capsys, accident, place, flag
+):
+    monkeypatch.setattr(rl, place, accident)
+    argv = [f"--{k}={v}" for k, v in {**QUICK, "init_from": base, "questions": questions}.items()]
+    monkeypatch.setattr(sys, "argv", ["rl.py", *argv, f"--out_dir={tmp_path}/run"])
+    with pytest.raises(SystemExit) as stopped:
+        rl.launch(rl.main, Config, rl.PRESETS)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed == f"rl.py: out of memory: lower --{flag} now\n"
+
+
+def test_another_error_of_an_update_is_not_taken_for_want_of_memory():
+    with (
+        pytest.raises(RuntimeError, match="size mismatch"),
+        rl.memory_for(Config(), "micro_batch_size"),
+    ):
+        raise RuntimeError("size mismatch")
 
 
 def test_a_corrupt_base_is_named(tmp_path):
