@@ -925,6 +925,7 @@ def main(cfg: Config) -> dict:
             restore(folder / "ckpt.pt", state, **both)
     evaluations = state["evaluations"] if state else []
     log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
+    del state  # a second copy of the weights
     for name, whole, kept in (("train", train_set, train_pairs), ("test", test_set, test_pairs)):
         if len(kept) < len(whole):
             log.say(passed_over(name, whole, kept, context_size - cfg.max_new_tokens))

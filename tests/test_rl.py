@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import rl
 from data import UserError
 from data.tasks import Question
@@ -827,3 +828,55 @@ def test_a_run_that_went_wrong_says_so_in_plain_words(row, hint):
     fine = {"informative": 0.5, "reward": 0.5, "kl": 0.1, "entropy": 0.3, "truncated": 0.0}
     said = rl.advice([{**fine, "informative": row.get("informative", 0.5)}, {**fine, **row}])
     assert len(said) == (hint is not None) and all(hint in sentence for sentence in said)
+
+
+# ---------------------------------------------------------------- bench.py
+
+
+def test_bench_rl_prints_the_seconds_of_each_phase(capsys):
+    bench.COMMANDS["rl"](
+        ["--prompts_per_step=2", "--group_size=2", "--max_new_tokens=4", "--max_steps=1"]
+    )
+    printed = capsys.readouterr().out
+    assert "4 of 4 tokens" in printed
+    for name in ("sample", "verify", "update", "total"):
+        assert f"\n  {name} " in printed
+
+
+@pytest.mark.parametrize("dtype, width", [("float32", 4), ("bfloat16", 2)])
+def test_bench_memory_computes_what_a_forward_pass_keeps(dtype, width):
+    gpt = GPT(GPTConfig(vocab_size=300, context=64, width=96, layers=3, heads=6))
+    rollout = Rollout([[1] * 30] * 8, [[2] * 30] * 8, [""] * 8, [Score(0.0, "text", None, None)] * 8,
+                      [[0.0] * 30] * 8)  # fmt: skip
+    batch, kept = batch_of(rollout), {}
+    known = {t.untyped_storage().data_ptr() for t in (*gpt.parameters(), *gpt.buffers())}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(dtype, CPU.device):
+        results = Policy(gpt, 1.0)(batch)
+    assert results[0].requires_grad  # and what it needs for that is still there
+    copies = 2 * sum(p.numel() for p in gpt.parameters()) if width == 2 else 0
+    measured = sum(size for place, size in kept.items() if place not in known)
+    computed = bench.activation_bytes(gpt.config, batch.ids.numel(), width) + copies
+    assert computed == pytest.approx(measured, rel=0.15)
+
+
+def test_bench_memory_prints_what_fits(capsys):
+    bench.COMMANDS["memory"](["--max_new_tokens=512"])
+    blocks = capsys.readouterr().out.split("parameters, ")
+    assert len(blocks) == 1 + 4 * 3
+    fits = {size: line.split(size)[1].strip() for line in blocks[-3].splitlines()  # ppo at 1B
+            for size in ("fits  8 GB", "fits 80 GB") if size in line}  # fmt: skip
+    assert fits["fits  8 GB"] == "does not fit" and fits["fits 80 GB"].startswith(
+        "--micro_batch_size="
+    )
+
+
+@pytest.mark.parametrize(
+    "room, most, largest", [(0.5, 64, 0), (1, 64, 1), (7.9, 64, 4), (900, 48, 32)]
+)
+def test_a_batch_that_fits_is_a_power_of_two(room, most, largest):
+    assert bench.power_of_two(room, most) == largest
