@@ -236,6 +236,23 @@ def test_log_probs_do_not_depend_on_the_padding(gpt):
         torch.testing.assert_close(together[i, : len(completion)], alone[0])
 
 
+def test_the_end_of_text_is_trained_on_though_padding_has_its_id():
+    """What is padding is told by lengths: by ids, stopping would never be learned (trl#6357)."""
+    scores = [Score(1.0, "text", None, None)] * 2
+    rollout = Rollout([[4, 0], [4]], [[5, 6, 0], [0]], [""] * 2, scores, [[0.0] * 3, [0.0]])
+    assert batch_of(rollout).mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_the_log_probs_that_are_trained_are_those_that_were_sampled(base):
+    """Training at T = 1 what was sampled at T = 0.7 (trl#3029)."""
+    encoding, (model, _) = get_tokenizer("toy"), rl.load_model(base, "cpu")
+    pairs = [(Question("", "", "3"), encoding.encode_ordinary("Ann" * n)) for n in (1, 7, 3)]
+    cfg, seconds = settings("unused", base, temperature=0.7), {"sample": 0.0, "verify": 0.0}
+    batch = batch_of(rl.roll_out(model, pairs, ("key",), cfg, False, encoding, CPU, seconds))
+    logp, _ = Policy(model, 0.7)(batch)
+    torch.testing.assert_close(logp, batch.sampled_logp, atol=1e-5, rtol=1e-5)
+
+
 def test_log_probs_are_computed_in_fp32_under_bfloat16(gpt):
     """KL in bfloat16 is noise (OpenRLHF#620)."""
     batch = batch_of(random_rollout([0.0] * 4))
@@ -309,6 +326,12 @@ def test_on_policy_every_loss_has_the_policy_gradient_by_enumeration(algo):
     torch.testing.assert_close(-found, expected)
 
 
+def test_a_reward_of_zero_survives():
+    """It was read as missing (OpenRLHF#1219)."""
+    rollout = random_rollout([0.0, 1.0, 0.0])
+    assert rl.rewards(rollout).tolist() == batch_of(rollout).reward.tolist() == [0.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("norm, weights", [
     ("token", [1 / 10] * 3), ("sequence", [1 / 15, 1 / 6, 1 / 9]), ("constant", [1 / 60] * 3),
 ])  # fmt: skip
@@ -373,6 +396,7 @@ def make_gpt(seed=3):
 
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+TWELVE = [*REWARDS, 1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("algo, norm", [("ppo", "token"), ("grpo", "sequence"), ("ei", "token"),
@@ -395,6 +419,26 @@ def test_skipping_completions_without_signal_changes_no_gradient(monkeypatch):
     assert any(g.abs().max() > 1e-3 for g in kept)
     for left, right in zip(skipped, kept):
         torch.testing.assert_close(left, right, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_the_logged_kl_is_the_mean_over_tokens_of_that_to_the_base(algo):
+    """trl#1180 logged another one than it used, trl#463 one of the wrong sign."""
+    setup_distributed("cpu")
+    _, metrics = learned(algo=algo)
+    batch = batch_of(random_rollout(TWELVE))
+    logp, ref_logp = (Policy(make_gpt(seed), 1.0)(batch)[0][batch.mask] for seed in (3, 4))
+    ratio = (ref_logp - logp).exp().detach()
+    assert metrics["kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-5)
+    assert metrics["kl"] > 0.01
+
+
+@pytest.mark.parametrize("algo", rl.ALGORITHMS)
+def test_the_first_learning_rate_is_above_zero_and_the_last_at_its_floor(algo):
+    setup_distributed("cpu")
+    cfg = dict(algo=algo, epochs=1, minibatch_size=12, min_learning_rate=0.1)
+    assert 0 < learned(**cfg, max_steps=1000)[1]["lr"] < 1e-3
+    assert learned(**cfg, max_steps=1, warmup=0.5)[1]["lr"] == pytest.approx(1e-4)
 
 
 def test_a_bonus_for_entropy_raises_it():
@@ -460,9 +504,10 @@ def learned(processes=CPU, **changes) -> tuple[list, dict]:
         if cfg.algo == "ppo"
         else None
     )
-    rollout = random_rollout([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     reference = Policy(make_gpt(seed=4), 1.0)
-    metrics = rl.learn(rollout, 0, policy, critic, reference, cfg, FLOAT32, processes)
+    metrics = rl.learn(
+        random_rollout(TWELVE), 0, policy, critic, reference, cfg, FLOAT32, processes
+    )
     return [trainer.module.state_dict() for trainer in (policy, critic) if trainer], metrics
 
 
@@ -715,6 +760,9 @@ def test_questions_from_a_file_are_held_out_for_evaluation(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(algo="grpo", group_size=1), "--group_size=1 gives grpo nothing to compare"),
     (dict(algo="ppo", top_p=0.95), "use --top_p=1"), (dict(algo="grpo", top_p=0.95), "use --top_p=1"),
+    (dict(algo="reinforce", top_p=0.95), "use --top_p=1"),
+    (dict(algo="grpo", kl_in="loss", kl_estimator="k1"), "the gradient of k1 in the loss is zero"),
+    (dict(algo="grpo", kl_in="reward"), "grpo has one reward for a completion"),
     (dict(init_from="nowhere"), "nowhere/ckpt.pt does not exist: run `torchrun pretrain.py` first"),
     (dict(task="toyy"), "unknown task 'toyy'"), (dict(questions="none.jsonl"), "none.jsonl does not exist"),
     (dict(temperature=0.0), "--temperature=0.0 must be above 0"), (dict(max_new_tokens=250), "no question fits"),
