@@ -288,7 +288,7 @@ class TokenLogps(torch.autograd.Function):
         ctx.temperature, ctx.train_entropy = temperature, train_entropy
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logp, entropy = hidden.new_empty((2, len(hidden)), dtype=exact)
-        for i, x, w, y, logps in TokenLogps.chunks(ctx, hidden, weight, tokens):
+        for i, _, _, y, logps in TokenLogps.chunks(ctx, hidden, weight, tokens):
             logp[i] = logps.gather(1, y)[:, 0]
             entropy[i] = -torch.linalg.vecdot(logps.exp(), logps)
         ctx.save_for_backward(hidden, weight, tokens, entropy)

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -122,9 +123,9 @@ def verify(argv: list[str]) -> None:
 
 
 def rl(argv: list[str]) -> None:
-    """A step of rl.py: grpo on 256 completions of 60 tokens after prompts of 48, by a GPT of 1.2M
-    random weights; the best and the median of --max_steps (5). What is verified is what the toy's
-    authors wrote.
+    """A step of rl.py, grpo on 256 completions of 60 tokens after prompts of 48 by a GPT of 1.2M
+    random weights: the best and the median of --max_steps (5). The verifier reads what the toy's
+    authors wrote, as a trained model would.
     """
     defaults = ["--algo=grpo", "--max_new_tokens=60", "--max_steps=5"]
     cfg = echo.parse_config(echo.Config, echo.PRESETS, [*defaults, *argv])
@@ -134,19 +135,17 @@ def rl(argv: list[str]) -> None:
     network = echo.Policy(copy.deepcopy(base), cfg.temperature)
     policy = echo.Trainer(network, cfg.learning_rate, cfg, processes)
     reference = echo.Policy(base, cfg.temperature).requires_grad_(False)
-    rng, stories = (
-        random.Random(0),
-        itertools.islice(toy.problems("train", 0), cfg.prompts_per_step),
-    )
-    asked = [story for story in stories for _ in range(cfg.group_size)]
+    rng, stories = random.Random(0), toy.problems("train", 0)
+    asked = [next(stories) for _ in range(cfg.prompts_per_step)]
+    asked = [story for story in asked for _ in range(cfg.group_size)]
     pairs = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])
              for story in asked]  # fmt: skip
     authors, steps = (toy.write_tinygsm, toy.write_omi1, toy.write_omi2), []
     mine = [rng.choice(authors)(story, rng) for story in asked][processes.rank :: processes.world]
-    echo.score_batch = lambda _, golds, limit: score_batch(mine, golds, limit)
+    written = mock.patch.object(echo, "score_batch", lambda _, *rest: score_batch(mine, *rest))
     for step in range(cfg.max_steps + 1):  # the first one warms up
         seconds, key = {"sample": 0.0, "verify": 0.0}, (cfg.seed, "bench", step)
-        with context:
+        with context, written:
             rollout = echo.roll_out(
                 network.gpt, pairs, key, cfg, False, encoding, processes, seconds
             )
@@ -196,18 +195,13 @@ def memory(argv: list[str]) -> None:
             critic = sum(p.numel() for p in echo.Critic(model).parameters()) * (algo == "ppo")
             # keys and values in bf16, twice while finished rows leave; logits in fp32, three times
             row = 2 * 2 * 2 * c.layers * c.width * tokens + 3 * 4 * c.vocab_size
-            kept, micro, sample = (
-                activation_bytes(c, tokens, 2),
-                cfg.micro_batch_size,
-                cfg.sample_batch_size,
-            )
+            kept = activation_bytes(c, tokens, 2)
             fixed = {"weights": 4 * N, "gradients": 4 * N, "AdamW": 8 * N, "critic": 16 * critic,
                      "reference": 4 * N, "bf16 copies": 2 * max(N, critic),
                      "logits of a chunk": 3 * 4 * 512 * c.vocab_size}  # fmt: skip
-            varying = {
-                f"sampling {sample} rows": sample * row,
-                f"activations of {micro} rows": micro * kept,
-            }
+            micro, sample = cfg.micro_batch_size, cfg.sample_batch_size
+            varying = {f"KV cache, logits of {sample} rows": sample * row,
+                       f"activations of {micro} rows": micro * kept}  # fmt: skip
             rows = {name: f"{size / 1e9:6.2f} GB" for name, size in (fixed | varying).items()}
             for size in (8, 24, 48, 80):
                 free = 0.9e9 * size - 0.5e9 - sum(fixed.values())
