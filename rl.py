@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from data.tasks import Question, load_questions
 from data.tokenizer import get_tokenizer
 from model import GPT, generate
 from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, model_state,
-                      open_run, require_positive, restore, save_checkpoint, schedule,
+                      open_run, parse_config, require_positive, restore, save_checkpoint, schedule,
                       setup_distributed, signals_restored, write_atomically)  # fmt: skip
 from verify import FORMATS, score_batch, start_servers, summarize, table
 
@@ -116,6 +117,33 @@ PRESETS = {  # every entry applies whose words are among the chosen preset and a
 }  # fmt: skip
 
 
+USED_BY = {  # settings that not every --algo reads, and those that do
+    "prompts_per_step group_size temperature minibatch_size micro_batch_size epochs learning_rate"
+    " warmup min_learning_rate entropy_coef loss_norm grad_clip beta1 beta2 max_steps eval_every"
+    " save_every log_every compile": "ppo grpo reinforce ei",
+    "kl_coef kl_in kl_estimator": "ppo grpo reinforce",
+    "clip_eps": "ppo grpo",
+    "critic_learning_rate value_clip gamma gae_lambda whiten": "ppo",
+    "scale_rewards": "grpo",
+    "top_p restart_from_base": "ei",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def memory_for(cfg: Config, name: str):
+    """Turns running out of memory within it into the sentence that names the setting to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no class for it
+        known = isinstance(error, torch.OutOfMemoryError), "can't allocate memory" in str(error)
+        if not any(known):
+            raise
+        sentence = f"out of memory: lower --{name}, {getattr(cfg, name)} now"
+        if os.environ.get("RANK", "0") != "0":  # launch prints what happens on rank 0, or on all
+            print(f"rl.py: {sentence}", file=sys.stderr)
+        raise UserError(sentence) from None
+
+
 # ---------------------------------------------------------------- rollouts
 
 
@@ -163,11 +191,12 @@ def roll_out(model: GPT, pairs: list, key: tuple, cfg, greedy: bool, encoding, p
     completions, logps, started = [], [], time.perf_counter()
     for first in range(0, len(mine), cfg.sample_batch_size):
         part = mine[first : first + cfg.sample_batch_size]
-        tokens, mask, logp = generate(
-            model, [pairs[i][1] for i in part], cfg.max_new_tokens, encoding.eot_token,
-            [torch.Generator().manual_seed(int(seeds[i])) for i in part],
-            0.0 if greedy else cfg.temperature, cfg.top_p,
-        )  # fmt: skip
+        with memory_for(cfg, "sample_batch_size"):
+            tokens, mask, logp = generate(
+                model, [pairs[i][1] for i in part], cfg.max_new_tokens, encoding.eot_token,
+                [torch.Generator().manual_seed(int(seeds[i])) for i in part],
+                0.0 if greedy else cfg.temperature, cfg.top_p,
+            )  # fmt: skip
         mask = mask.cpu()
         completions += [row[kept].tolist() for row, kept in zip(tokens.cpu(), mask)]
         logps += [row[kept].tolist() for row, kept in zip(logp.cpu(), mask)]
@@ -241,7 +270,59 @@ def completion_states(gpt: GPT, batch: Batch) -> torch.Tensor:
 
 def unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(n,) values of the kept tokens back in their places (B, T), zero elsewhere."""
-    return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+class TokenLogps(torch.autograd.Function):
+    """log p[token] and the entropy of p = softmax(z), z = hidden @ weight.T / temperature; (n,).
+
+    hidden (n, C), weight (V, C), tokens (n,); at least fp32, whatever the autocast. Logits exist
+    for one chunk of tokens at a time: the backward pass computes them again, which costs no more
+    than to write and read them. Gradients at z: onehot - p, and -p (log p + entropy).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature: float, train_entropy: bool):
+        kind = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        ctx.temperature, ctx.train_entropy = temperature, train_entropy
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logp, entropy = hidden.new_empty((2, len(hidden)), dtype=exact)
+        for i, _, _, y, logps in TokenLogps.chunks(ctx, hidden, weight, tokens):
+            logp[i] = logps.gather(1, y)[:, 0]
+            entropy[i] = -torch.linalg.vecdot(logps.exp(), logps)
+        ctx.save_for_backward(hidden, weight, tokens, entropy)
+        if not train_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy):
+        hidden, weight, tokens, entropy = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i, x, w, y, logps in TokenLogps.chunks(ctx, hidden, weight, tokens):
+            scale = -d_logp[i, None]
+            if ctx.train_entropy:
+                scale = scale - d_entropy[i, None] * (logps + entropy[i, None])
+            d_logits = logps.exp_().mul_(scale).scatter_add_(1, y, d_logp[i, None])
+            d_logits = d_logits.div_(ctx.temperature).to(x.dtype)  # (chunk, V)
+            d_hidden[i] = (d_logits @ w).to(d_hidden.dtype)
+            d_weight += d_logits.t() @ x
+        return d_hidden, d_weight, None, None, None
+
+    @staticmethod
+    def chunks(ctx, hidden, weight, tokens, size: int = 512):
+        """For `size` tokens at a time: their slice, states, the weight, ids (size, 1) and all
+        log-probs (size, V).
+        """
+        hidden, weight = (t.to(ctx.dtype or t.dtype) for t in (hidden, weight))
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        for first in range(0, len(hidden), size):
+            i = slice(first, first + size)
+            logits = nn.functional.linear(hidden[i], weight).to(exact)
+            logps = logits.div_(ctx.temperature).log_softmax(dim=-1)
+            del logits  # not kept while the caller works
+            yield i, hidden[i], weight, tokens[i, None], logps
 
 
 class Policy(nn.Module):
@@ -254,13 +335,13 @@ class Policy(nn.Module):
         self.gpt, self.temperature, self.train_entropy = gpt, temperature, train_entropy
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = (
-            self.gpt.head(completion_states(self.gpt, batch)).float() / self.temperature
-        )  # (n, V)
-        logps = logits.log_softmax(dim=-1)
-        logp = logps.gather(1, batch.tokens[batch.mask][:, None])[:, 0]
-        with torch.set_grad_enabled(self.train_entropy and torch.is_grad_enabled()):
-            entropy = -(logps.exp() * logps).sum(dim=-1)
+        states = completion_states(self.gpt, batch)  # (n, C)
+        tokens = batch.tokens[batch.mask]  # (n,)
+        # not compiled: the number of tokens, so that of chunks, changes from batch to batch
+        apply = torch.compiler.disable(TokenLogps.apply)
+        logp, entropy = apply(
+            states, self.gpt.head.weight, tokens, self.temperature, self.train_entropy
+        )
         return unflatten(logp, batch.mask), unflatten(entropy, batch.mask)
 
 
@@ -427,7 +508,9 @@ class Trainer:
 
     def __init__(self, module: nn.Module, peak: float, cfg, processes: Processes):
         self.module, self.peak, self.cfg, self.processes = module, peak, cfg, processes
-        self.ddp = DistributedDataParallel(torch.compile(module) if cfg.compile else module)
+        called = torch.compile(module) if cfg.compile else module
+        # the gradients live in DDP's buckets: no second copy of them
+        self.ddp = DistributedDataParallel(called, gradient_as_bucket_view=True)
         self.reset()
 
     def reset(self) -> None:
@@ -714,6 +797,21 @@ def draw(folder: Path, rows: list[dict]) -> None:
 # ---------------------------------------------------------------- the run
 
 
+def refuse_unused(cfg: Config) -> None:
+    """Raises UserError where a setting was changed that the algorithm does not read.
+
+    What a file given by --config holds is not held against it: another algorithm's run, whose
+    config.json has every field, may be repeated with this one.
+    """
+    file = [f"--config={cfg.config}"] if cfg.config else []
+    flags = [*file, f"--preset={cfg.preset}", f"--algo={cfg.algo}"]
+    default = parse_config(Config, PRESETS, flags)
+    for names, algos in USED_BY.items():
+        for name in names.split() if cfg.algo not in algos.split() else ():
+            if getattr(cfg, name) != getattr(default, name):
+                raise UserError(f"--{name} does nothing with --algo={cfg.algo}: leave it out")
+
+
 def check(cfg: Config) -> None:
     """Raises UserError on settings that cannot work, before anything is loaded."""
     require_positive(cfg, "prompts_per_step", "group_size", "max_new_tokens", "temperature",
@@ -730,6 +828,7 @@ def check(cfg: Config) -> None:
     if cfg.algo in ("grpo", "reinforce") and cfg.kl_in == "reward" and cfg.kl_coef:
         raise UserError(f"{cfg.algo} has one reward for a completion, not one for each token: use "
                         "--kl_in=loss")  # fmt: skip
+    refuse_unused(cfg)
     if cfg.kl_in == "loss" and cfg.kl_estimator == "k1" and cfg.kl_coef and cfg.algo != "ei":
         raise UserError("the gradient of k1 in the loss is zero in expectation: use "
                         "--kl_estimator=k3 or k2, or --kl_in=reward")  # fmt: skip
@@ -826,6 +925,7 @@ def main(cfg: Config) -> dict:
             restore(folder / "ckpt.pt", state, **both)
     evaluations = state["evaluations"] if state else []
     log = RunLog(cfg, processes, total, step, state["metrics_size"] if state else 0)
+    del state  # a second copy of the weights
     for name, whole, kept in (("train", train_set, train_pairs), ("test", test_set, test_pairs)):
         if len(kept) < len(whole):
             log.say(passed_over(name, whole, kept, context_size - cfg.max_new_tokens))
@@ -872,7 +972,8 @@ def main(cfg: Config) -> dict:
         if restarts(cfg):
             model.load_state_dict(base.state_dict())
             policy.reset()
-        metrics = learn(rollout, step, policy, critic, reference, cfg, context, processes)
+        with memory_for(cfg, "micro_batch_size"):
+            metrics = learn(rollout, step, policy, critic, reference, cfg, context, processes)
         seconds["train"] = time.perf_counter() - learning
         step += 1
         log.bar.update()

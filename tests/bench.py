@@ -1,24 +1,30 @@
-"""Measures speed and memory: `python tests/bench.py train --preset=150m`, or `verify`: a table.
+"""Measures speed and memory: `python tests/bench.py train --preset=150m`, or `verify`, `rl`,
+`memory`: a table.
 
 The flags of a command are those of the script that it measures, so any setting can be tried.
 Tables hold for the machine they were printed on, at that moment: compare within one run.
 """
 
+import copy
 import itertools
 import random
 import resource
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain  # noqa: E402
+import rl as echo  # noqa: E402  for a command is called rl
 from data import UserError, toy  # noqa: E402
+from data.tasks import Question  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from hostile import CHEATS, CODE  # noqa: E402
+from model import GPTConfig  # noqa: E402
 from verify import score_batch  # noqa: E402
 
 
@@ -116,7 +122,102 @@ def verify(argv: list[str]) -> None:
     show("verify: completions scored", rows)
 
 
-COMMANDS = {"train": train, "verify": verify}
+def rl(argv: list[str]) -> None:
+    """A step of rl.py, grpo on 256 completions of 60 tokens after prompts of 48 by a GPT of 1.2M
+    random weights: the best and the median of --max_steps (5). The verifier reads what the toy's
+    authors wrote, as a trained model would.
+    """
+    defaults = ["--algo=grpo", "--max_new_tokens=60", "--max_steps=5"]
+    cfg = echo.parse_config(echo.Config, echo.PRESETS, [*defaults, *argv])
+    processes, encoding = pretrain.setup_distributed(cfg.device), get_tokenizer("toy")
+    shape, context = dict(width=128, layers=4, heads=4), echo.autocast(cfg.dtype, processes.device)
+    base = pretrain.build_model(pretrain.Config(**shape), encoding.n_vocab, processes.device)
+    network = echo.Policy(copy.deepcopy(base), cfg.temperature)
+    policy = echo.Trainer(network, cfg.learning_rate, cfg, processes)
+    reference = echo.Policy(base, cfg.temperature).requires_grad_(False)
+    rng, stories = random.Random(0), toy.problems("train", 0)
+    asked = [next(stories) for _ in range(cfg.prompts_per_step)]
+    asked = [story for story in asked for _ in range(cfg.group_size)]
+    pairs = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])
+             for story in asked]  # fmt: skip
+    authors, steps = (toy.write_tinygsm, toy.write_omi1, toy.write_omi2), []
+    mine = [rng.choice(authors)(story, rng) for story in asked][processes.rank :: processes.world]
+    written = mock.patch.object(echo, "score_batch", lambda _, *rest: score_batch(mine, *rest))
+    for step in range(cfg.max_steps + 1):  # the first one warms up
+        seconds, key = {"sample": 0.0, "verify": 0.0}, (cfg.seed, "bench", step)
+        with context, written:
+            rollout = echo.roll_out(
+                network.gpt, pairs, key, cfg, False, encoding, processes, seconds
+            )
+        began = time.perf_counter()
+        echo.learn(rollout, 0, policy, None, reference, cfg, context, processes)
+        seconds["update"] = time.perf_counter() - began
+        steps.append({**seconds, "total": sum(seconds.values())})
+    if processes.rank > 0:
+        return
+    tokens = sum(map(len, rollout.completions)) / len(pairs)
+    rows = {"parameters": f"{sum(p.numel() for p in base.parameters()):,}",
+            "completions": f"{len(pairs)} of {tokens:.0f} tokens"}  # fmt: skip
+    for name in steps[0]:
+        found = sorted(step[name] for step in steps[1:])
+        rows[name] = f"{found[0]:.2f} s (median {found[len(found) // 2]:.2f})"
+    threads = torch.get_num_threads()
+    show(f"rl on {processes.device}, {processes.world} rank(s), {threads} thread(s)", rows)
+
+
+def activation_bytes(c: GPTConfig, tokens: int, narrow: int) -> int:
+    """What the policy's forward pass keeps of `tokens` for its backward pass.
+
+    A layer keeps, in numbers of C a token: the inputs of two LayerNorms, in fp32; in `narrow`
+    bytes each (4, or 2 under bf16 autocast) their outputs (2), q, k and v as projected (3), q and
+    k turned (2), attention's output (1), and gate, silu(gate), up and their product (4 x 4). The
+    last LayerNorm keeps its input, and the head its input.
+    """
+    return tokens * c.width * (c.layers * (2 * 4 + 24 * narrow) + 4 + 4)
+
+
+def memory(argv: list[str]) -> None:
+    """What rl.py needs on a GPU in bf16, for each preset of pretrain.py and each algorithm, and
+    the largest batches that fit one (powers of two): computed, not measured.
+
+    Rows are of a prompt of 256 tokens and --max_new_tokens. A tenth of a GPU is kept free for
+    what comes and goes, and half a GB for CUDA.
+    """
+    for preset in ("20m", "60m", "150m", "1b"):
+        gpt = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [f"--preset={preset}"])
+        with torch.device("meta"):
+            model = pretrain.build_model(gpt, 50_257, torch.device("meta"))
+        c, N = model.config, sum(p.numel() for p in model.parameters())
+        for algo in ("ppo", "grpo", "ei"):
+            flags = ["--preset=paper", *argv, f"--algo={algo}"]
+            cfg = echo.parse_config(echo.Config, echo.PRESETS, flags)
+            tokens = min(c.context, 256 + cfg.max_new_tokens)
+            critic = sum(p.numel() for p in echo.Critic(model).parameters()) * (algo == "ppo")
+            # keys and values in bf16, twice while finished rows leave; logits in fp32, three times
+            row = 2 * 2 * 2 * c.layers * c.width * tokens + 3 * 4 * c.vocab_size
+            kept = activation_bytes(c, tokens, 2)
+            fixed = {"weights": 4 * N, "gradients": 4 * N, "AdamW": 8 * N, "critic": 16 * critic,
+                     "reference": 4 * N, "bf16 copies": 2 * max(N, critic),
+                     "logits of a chunk": 3 * 4 * 512 * c.vocab_size}  # fmt: skip
+            micro, sample = cfg.micro_batch_size, cfg.sample_batch_size
+            varying = {f"KV cache, logits of {sample} rows": sample * row,
+                       f"activations of {micro} rows": micro * kept}  # fmt: skip
+            rows = {name: f"{size / 1e9:6.2f} GB" for name, size in (fixed | varying).items()}
+            for size in (8, 24, 48, 80):
+                free = 0.9e9 * size - 0.5e9 - sum(fixed.values())
+                micro = power_of_two(free / kept, cfg.minibatch_size)
+                sample = power_of_two(free / row, cfg.prompts_per_step * cfg.group_size)
+                flags = f"--micro_batch_size={micro} --sample_batch_size={sample}"
+                rows[f"fits {size:2} GB"] = flags if min(micro, sample) else "does not fit"
+            show(f"{preset}, {N / 1e6:.0f}M parameters, {algo}, rows of {tokens} tokens", rows)
+
+
+def power_of_two(room: float, most: int) -> int:
+    """The largest up to `room` and `most`; 0 where there is none."""
+    return 1 << int(min(room, most)).bit_length() - 1 if min(room, most) >= 1 else 0
+
+
+COMMANDS = {"train": train, "verify": verify, "rl": rl, "memory": memory}
 
 if __name__ == "__main__":
     name, *argv = sys.argv[1:] or ["--help"]

@@ -1,22 +1,27 @@
 import dataclasses
+import functools
 import json
+import os
+import random
+import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import rl
-from conftest import ROOT
 from data import UserError
 from data.tasks import Question
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from pretrain import Processes, autocast, parse_config, setup_distributed
+from pretrain import Processes, autocast, parse_config, setup_distributed, write_atomically
 from rl import Batch, Config, Critic, Policy, Rollout, Trainer
+from test_pretrain import SERVER, killed_at_file_event, run
 from verify import Score
 
 CPU = Processes(0, 1, torch.device("cpu"))
@@ -27,6 +32,50 @@ QUICK = dict(max_steps=3, prompts_per_step=4, group_size=2, max_new_tokens=24, m
 
 def settings(out_dir, base, algo="ppo", **changes):
     return Config(**{**QUICK, "algo": algo, "init_from": base, "out_dir": str(out_dir), **changes})
+
+
+# ---------------------------------------------------------------- processes
+
+SERVER.set_forkserver_preload(["test_pretrain", "test_rl", "torch._dynamo", "matplotlib"])
+
+
+def training(base, accident=None, **changes):
+    """Work for run(): the script itself, with an accident(rank) waiting to happen."""
+    values = {**QUICK, "init_from": base, "out_dir": "run", "eval_every": 3, **changes}
+    return functools.partial(script, [f"--{k}={v}" for k, v in values.items()], accident)
+
+
+def script(argv: list[str], accident, rank: int) -> None:
+    """A completion of an even number of letters is right: a base of six steps has no other merit.
+    What takes long, and another test sees to, is left out: programs, and the picture.
+    """
+    sys.argv, rl.start_servers = ["rl.py", *argv], lambda: None
+    rl.draw = lambda folder, rows: write_atomically(folder / "echo.png", b"a picture")
+    rl.score_batch = lambda texts, golds, limit: [
+        Score(1.0 - len(t) % 2, "text", None, None) for t in texts
+    ]
+    if accident:
+        accident(rank)
+    rl.launch(rl.main, Config, rl.PRESETS)
+
+
+def killed_amid_a_write(size: int, rank: int) -> None:
+    """The kernel ends the process where a file of its outgrows `size` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python had it ignored
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> str:
+    """A file of few questions, of which 4 are held out: the evaluations take no time."""
+    file = tmp_path_factory.mktemp("questions") / "questions.json"
+    file.write_text(
+        json.dumps([{"question": f"Ann has {i} apples.", "answer": i} for i in range(40)])
+    )
+    return str(file)
+
+
+# ---------------------------------------------------------------- tiny rollouts
 
 
 def random_rollout(rewards, prompt_lengths=(3, 5, 2, 7), seed=0) -> Rollout:
@@ -80,8 +129,12 @@ def test_the_reward_is_on_the_last_token_even_of_a_one_token_answer(length):
     batch = batch_of(rollout)
     batch.old_logp, batch.ref_logp = torch.full((1, length), -1.0), torch.full((1, length), -3.0)
     assert rl.token_rewards(batch, Config(kl_coef=0.0)).tolist() == [[0.0] * (length - 1) + [1.0]]
-    torch.testing.assert_close(rl.token_rewards(batch, Config(kl_coef=0.1))[0, -1], torch.tensor(1.0 - 0.1 * 2))
-    assert torch.allclose(rl.token_rewards(batch, Config(kl_coef=0.1))[0, :-1], torch.tensor(-0.1 * 2))
+    torch.testing.assert_close(
+        rl.token_rewards(batch, Config(kl_coef=0.1))[0, -1], torch.tensor(1.0 - 0.1 * 2)
+    )
+    assert torch.allclose(
+        rl.token_rewards(batch, Config(kl_coef=0.1))[0, :-1], torch.tensor(-0.1 * 2)
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
@@ -134,6 +187,53 @@ def test_log_probs_agree_with_a_loop_over_tokens(gpt):
     assert (logp[~batch.mask] == 0).all()
 
 
+@pytest.mark.parametrize("train_entropy", [False, True])
+@pytest.mark.parametrize("tokens", [1, 512, 1100])  # less than a chunk, one, two and a rest
+def test_chunked_log_probs_and_entropies_have_the_gradients_of_plain_ones(tokens, train_entropy):
+    draw = torch.Generator().manual_seed(tokens)
+    hidden, weight, d_logp, d_entropy = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in ((tokens, 8), (30, 8), (tokens,), (tokens,))
+    )
+    ids = torch.randint(30, (tokens,), generator=draw)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    ours = rl.TokenLogps.apply(*inputs, ids, 0.7, train_entropy)
+    logps = (hidden @ weight.t() / 0.7).log_softmax(-1)
+    theirs = logps.gather(1, ids[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    assert ours[0].requires_grad and ours[1].requires_grad == train_entropy
+    found, expected = (
+        torch.autograd.grad(d_logp @ logp + d_entropy @ entropy * train_entropy, inputs)
+        for logp, entropy in (ours, theirs)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+class Widest(TorchDispatchMode):
+    """Notes the most rows that a result with V numbers in each has had."""
+
+    def __init__(self, V: int):
+        super().__init__()
+        self.V, self.rows = V, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.size(-1) == self.V:
+            self.rows = max(self.rows, result.numel() // self.V)
+        return result
+
+
+@pytest.mark.parametrize("train_entropy", [False, True])
+def test_logits_of_a_whole_micro_batch_never_exist(gpt, train_entropy):
+    """At 50,000 tokens of vocabulary and 8 rows of 1,000 they are 1.6 GB, several times over."""
+    batch = batch_of(random_rollout([0.0] * 300))
+    assert int(batch.mask.sum()) > 1000
+    with Widest(50) as widest:
+        logp, entropy = Policy(gpt, 1.0, train_entropy)(batch)
+        (logp.sum() + entropy.sum()).backward()
+    assert widest.rows == 512 and gpt.embed.weight.grad.any()
+
+
 def test_log_probs_do_not_depend_on_the_padding(gpt):
     """Attention to tokens behind the end (trl#2708); positions shifted by padding (trl#6800)."""
     rollout = random_rollout([0.0] * 4, prompt_lengths=(2, 30, 9, 17))
@@ -143,14 +243,34 @@ def test_log_probs_do_not_depend_on_the_padding(gpt):
         torch.testing.assert_close(together[i, : len(completion)], alone[0])
 
 
+def test_the_end_of_text_is_trained_on_though_padding_has_its_id():
+    """What is padding is told by lengths: by ids, stopping would never be learned (trl#6357)."""
+    scores = [Score(1.0, "text", None, None)] * 2
+    rollout = Rollout([[4, 0], [4]], [[5, 6, 0], [0]], [""] * 2, scores, [[0.0] * 3, [0.0]])
+    assert batch_of(rollout).mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_the_log_probs_that_are_trained_are_those_that_were_sampled(base):
+    """Training at T = 1 what was sampled at T = 0.7 (trl#3029)."""
+    encoding, (model, _) = get_tokenizer("toy"), rl.load_model(base, "cpu")
+    pairs = [(Question("", "", "3"), encoding.encode_ordinary("Ann" * n)) for n in (1, 7, 3)]
+    cfg, seconds = settings("unused", base, temperature=0.7), {"sample": 0.0, "verify": 0.0}
+    batch = batch_of(rl.roll_out(model, pairs, ("key",), cfg, False, encoding, CPU, seconds))
+    logp, _ = Policy(model, 0.7)(batch)
+    torch.testing.assert_close(logp, batch.sampled_logp, atol=1e-5, rtol=1e-5)
+
+
 def test_log_probs_are_computed_in_fp32_under_bfloat16(gpt):
     """KL in bfloat16 is noise (OpenRLHF#620)."""
     batch = batch_of(random_rollout([0.0] * 4))
     with torch.autocast("cpu", torch.bfloat16):
-        logp, _ = Policy(gpt, 1.0)(batch)
-        logits = gpt(batch.ids)
-    assert logp.dtype == torch.float32 and logits.dtype == torch.bfloat16
-    assert (logp[batch.mask] != logp[batch.mask].bfloat16()).any()
+        logp, entropy = Policy(gpt, 1.0, train_entropy=True)(batch)
+        logits = gpt.head(rl.completion_states(gpt, batch))
+    assert logp.dtype == entropy.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    exact = logits.float().log_softmax(-1)
+    assert torch.equal(logp[batch.mask], exact.gather(1, batch.tokens[batch.mask][:, None])[:, 0])
+    (logp.sum() + entropy.sum()).backward()  # outside the autocast, as in an update
+    assert gpt.embed.weight.grad.dtype == torch.float32
 
 
 def test_k3_is_never_negative_and_its_mean_is_the_kl():
@@ -213,6 +333,12 @@ def test_on_policy_every_loss_has_the_policy_gradient_by_enumeration(algo):
     torch.testing.assert_close(-found, expected)
 
 
+def test_a_reward_of_zero_survives():
+    """It was read as missing (OpenRLHF#1219)."""
+    rollout = random_rollout([0.0, 1.0, 0.0])
+    assert rl.rewards(rollout).tolist() == batch_of(rollout).reward.tolist() == [0.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("norm, weights", [
     ("token", [1 / 10] * 3), ("sequence", [1 / 15, 1 / 6, 1 / 9]), ("constant", [1 / 60] * 3),
 ])  # fmt: skip
@@ -271,12 +397,13 @@ def learn_once(gpt_factory, algo, rewards, micro_batch_size, processes=CPU, **ch
     return gradients, metrics
 
 
-def make_gpt():
-    torch.manual_seed(3)
+def make_gpt(seed=3):
+    torch.manual_seed(seed)
     return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=2, heads=2, init_std=0.3))
 
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+TWELVE = [*REWARDS, 1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("algo, norm", [("ppo", "token"), ("grpo", "sequence"), ("ei", "token"),
@@ -299,6 +426,26 @@ def test_skipping_completions_without_signal_changes_no_gradient(monkeypatch):
     assert any(g.abs().max() > 1e-3 for g in kept)
     for left, right in zip(skipped, kept):
         torch.testing.assert_close(left, right, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_the_logged_kl_is_the_mean_over_tokens_of_that_to_the_base(algo):
+    """trl#1180 logged another one than it used, trl#463 one of the wrong sign."""
+    setup_distributed("cpu")
+    _, metrics = learned(algo=algo)
+    batch = batch_of(random_rollout(TWELVE))
+    logp, ref_logp = (Policy(make_gpt(seed), 1.0)(batch)[0][batch.mask] for seed in (3, 4))
+    ratio = (ref_logp - logp).exp().detach()
+    assert metrics["kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-5)
+    assert metrics["kl"] > 0.01
+
+
+@pytest.mark.parametrize("algo", rl.ALGORITHMS)
+def test_the_first_learning_rate_is_above_zero_and_the_last_at_its_floor(algo):
+    setup_distributed("cpu")
+    cfg = dict(algo=algo, epochs=1, minibatch_size=12, min_learning_rate=0.1)
+    assert 0 < learned(**cfg, max_steps=1000)[1]["lr"] < 1e-3
+    assert learned(**cfg, max_steps=1, warmup=0.5)[1]["lr"] == pytest.approx(1e-4)
 
 
 def test_a_bonus_for_entropy_raises_it():
@@ -336,12 +483,61 @@ def test_a_rank_without_rows_has_a_batch_that_counts_nothing(gpt):
     batch = batch_of(random_rollout(REWARDS), [])
     logp, _ = Policy(gpt, 1.0)(batch)
     loss = (
-        rl.clipped_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config()) * batch.mask
+        rl.clipped_loss(dataclasses.replace(batch, old_logp=logp.detach()), logp, Config())
+        * batch.mask
     ).sum()
     loss.backward()
     assert float(loss.detach()) == 0 and all(
         p.grad is None or p.grad.abs().max() == 0 for p in gpt.parameters()
     )
+
+
+SPREAD = {  # over two ranks: the last minibatch has one row, so rank 1 has none of it
+    "ppo": dict(algo="ppo", minibatch_size=11), "grpo": dict(algo="grpo", minibatch_size=11),
+    "grpo without KL": dict(algo="grpo", minibatch_size=11, kl_coef=0.0, loss_norm="sequence"),
+    "reinforce": dict(algo="reinforce", minibatch_size=11, loss_norm="constant"),
+    "ei": dict(algo="ei", minibatch_size=2),
+}  # fmt: skip
+
+
+def learned(processes=CPU, **changes) -> tuple[list, dict]:
+    """Weights and metrics after the updates of a rollout of 12, in two epochs."""
+    cfg = Config(**{"group_size": 4, "micro_batch_size": 2, "epochs": 2, "kl_coef": 0.1,
+                    "learning_rate": 1e-3, "critic_learning_rate": 1e-3, **changes})  # fmt: skip
+    gpt = make_gpt()
+    policy = Trainer(Policy(gpt, 1.0), cfg.learning_rate, cfg, processes)
+    critic = (
+        Trainer(Critic(gpt), cfg.critic_learning_rate, cfg, processes)
+        if cfg.algo == "ppo"
+        else None
+    )
+    reference = Policy(make_gpt(seed=4), 1.0)
+    metrics = rl.learn(
+        random_rollout(TWELVE), 0, policy, critic, reference, cfg, FLOAT32, processes
+    )
+    return [trainer.module.state_dict() for trainer in (policy, critic) if trainer], metrics
+
+
+def updates(rank: int) -> None:
+    processes = setup_distributed("cpu")
+    torch.save(
+        {name: learned(processes, **changes) for name, changes in SPREAD.items()}, "results.pt"
+    )
+
+
+def test_an_update_of_two_ranks_is_that_of_one(tmp_path):
+    """Weighing by a rank's own tokens, or whitening by its own statistics (transformers#34242)."""
+    assert run(tmp_path / "one", updates) == [0] and run(tmp_path / "two", updates, 2) == [0, 0]
+    one, *ranks = (
+        torch.load(tmp_path / place / "results.pt") for place in ("one/0", "two/0", "two/1")
+    )
+    for two in ranks:
+        for name in SPREAD:
+            torch.testing.assert_close(two[name][0], one[name][0], atol=1e-6, rtol=0)
+            assert two[name][1] == pytest.approx(one[name][1], rel=1e-5, abs=1e-6)
+    start = make_gpt().state_dict()
+    for name in SPREAD:
+        assert (one[name][0][0]["gpt.embed.weight"] - start["embed.weight"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("algo, steps", [("ppo", 40), ("grpo", 40), ("reinforce", 60), ("ei", 1)])
@@ -425,57 +621,103 @@ def final_weights(folder) -> dict:
     return torch.load(Path(folder) / "ckpt.pt", weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "grpo", "ei"])
-def test_a_run_fills_its_folder_and_a_killed_one_continues_to_the_same_bits(
-    base, tmp_path, algo, monkeypatch, capsys
+VARIANTS = {
+    "ppo": {}, "grpo": {"algo": "grpo"}, "reinforce": {"algo": "reinforce"}, "ei": {"algo": "ei", "epochs": 2},
+    "online ei": {"algo": "ei", "restart_from_base": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(
+    base, questions, tmp_path, name
 ):
-    whole, killed = (settings(tmp_path / name, base, algo) for name in ("whole", "killed"))
-    row = rl.main(whole)
-    names = {p.name for p in Path(whole.out_dir).iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "ckpt.pt", "echo.png", "step_000000.pt", "step_000003.pt",
-                     "samples_000000.jsonl", "samples_000002.jsonl", "samples_000003.jsonl"}  # fmt: skip
-    assert not [name for name in names if name.endswith(".tmp")]
-    assert (
-        row["n"] == 256
-        and row["k"] == 2
-        and {"pass@1", "pass@k", "maj@k", "mean_length", "truncated"} <= row.keys()
-    )
+    """Before a random touch of a file (a row, a checkpoint, a picture, a rename), and amid one."""
+    changes, moments, deaths = {"questions": questions, **VARIANTS[name]}, random.Random(name), 0
+    assert run(tmp_path / "whole", training(base, **changes)) == [0]
+    kinds = [(killed_at_file_event, 36), (killed_amid_a_write, 1 << 19)]
+    while deaths < 30:
+        kill, most = kinds[deaths % 2]
+        accident = functools.partial(kill, moments.randint(1, most))
+        if run(tmp_path, training(base, accident, **changes)) == [0]:
+            break
+        deaths += 1
+    assert 2 <= deaths < 30, (tmp_path / "0" / "stderr").read_text()
+    whole, killed = tmp_path / "whole" / "0" / "run", tmp_path / "0" / "run"
+    assert rows(whole) == rows(killed) and any(row.get("grad_norm") for row in rows(whole))
+    files = {file.name for file in whole.iterdir()}
+    assert files == {file.name for file in killed.iterdir()}
+    for file in files:
+        if file.startswith("samples"):
+            assert (whole / file).read_bytes() == (killed / file).read_bytes()
+        if file.endswith(".pt"):
+            left, right = (tensors(folder / file) for folder in (whole, killed))
+            assert len(left) == len(right) > 0 and all(map(torch.equal, left, right))
+
+
+def tensors(file: Path) -> list[torch.Tensor]:
+    """All in a checkpoint: the policy's, and where they are kept the critic's and the optimisers'."""
+    leaves = torch.utils._pytree.tree_leaves(torch.load(file, weights_only=True))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def test_a_run_fills_its_folder_and_a_finished_one_changes_nothing(
+    base, questions, tmp_path, capsys
+):
+    cfg = settings(tmp_path / "run", base, questions=questions)
+    row = rl.main(cfg)
+    files = {file.name: file.read_bytes() for file in Path(cfg.out_dir).iterdir()}
+    steps = ["step_000000.pt", "step_000001.pt", "step_000002.pt", "step_000003.pt"]
+    samples = ["samples_000000.jsonl", "samples_000002.jsonl", "samples_000003.jsonl"]
+    assert files.keys() == {"config.json", "metrics.jsonl", "ckpt.pt", "echo.png", *steps, *samples}
+    assert files["echo.png"].startswith(b"\x89PNG") and row["n"] == 4 and row["k"] == 2
+    assert {"pass@1", "pass@k", "maj@k", "mean_length", "truncated"} <= row.keys()
     assert sum(part["share"] for part in row["formats"].values()) == pytest.approx(1)
-    samples = [json.loads(line) for line in open(Path(whole.out_dir) / "samples_000003.jsonl")]
-    assert len(samples) == 256 * 3 and samples[0].keys() >= {"id", "question", "gold", "completion", "format", "answer",
-                                                            "reward", "failure", "greedy"}  # fmt: skip
+    lines = [json.loads(line) for line in files["samples_000003.jsonl"].splitlines()]
+    assert len(lines) == 4 * 3  # a greedy one and two others for each question
+    assert lines[0].keys() >= {"id", "question", "gold", "completion", "format", "answer", "reward",
+                               "failure", "greedy"}  # fmt: skip
+    capsys.readouterr()
+    assert rl.main(cfg) == row and "is finished" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in Path(cfg.out_dir).iterdir()} == files
+
+
+def test_a_run_gives_the_signals_back_even_where_it_fails(base, questions, tmp_path, monkeypatch):
+    """A pool that is forked after a run, in a notebook, ends its workers with SIGTERM."""
+    monkeypatch.setattr(rl, "learn", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rl.main(settings(tmp_path / "run", base, questions=questions))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def warned_at_learning(step: int, victim: int, rank: int) -> None:
+    """Rank `victim` gets SIGTERM before the updates of a step."""
     learn = rl.learn
 
-    def die(rollout, step, *rest):
-        if step == 2:
-            raise KeyboardInterrupt
-        return learn(rollout, step, *rest)
+    def warned(rollout, current, *rest):
+        if (rank, current) == (victim, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(rollout, current, *rest)
 
-    monkeypatch.setattr(rl, "learn", die)
-    with pytest.raises(KeyboardInterrupt):
-        rl.main(killed)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # given back
-    monkeypatch.setattr(rl, "learn", learn)
-    capsys.readouterr()
-    rl.main(killed)
-    assert "continuing" in capsys.readouterr().out
-    assert rows(whole.out_dir) == rows(killed.out_dir)
-    left, right = final_weights(whole.out_dir), final_weights(killed.out_dir)
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    assert rl.main(killed) == json.loads(json.dumps(row)) | {"seconds": rl.main(killed)["seconds"]}
-    assert "is finished" in capsys.readouterr().out
+    rl.learn = warned
 
 
-def test_two_gloo_processes_see_the_same_rollouts_and_evaluations_as_one(base, tmp_path):
-    flags = [
-        f"--{k}={v}"
-        for k, v in {**QUICK, "algo": "grpo", "init_from": base, "max_steps": 2}.items()
+def test_two_ranks_see_the_rollouts_and_evaluations_of_one_and_stop_and_continue_as_one(
+    base, questions, tmp_path
+):
+    """The second is warned by SIGTERM; both save, exit with 0, and go on when started again."""
+    folders = one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    work = [
+        functools.partial(training, base, questions=questions, out_dir=folder, save_every=9)
+        for folder in folders
     ]
-    for world, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-                        ROOT / "rl.py", *flags, f"--out_dir={folder}"], check=True, capture_output=True)  # fmt: skip
-    for left, right in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for key in (
+    assert run(tmp_path / "one", work[0]()) == [0]
+    warned = functools.partial(warned_at_learning, 1, 1)
+    assert run(tmp_path / "two", work[1](warned), 2) == [0, 0]
+    assert "stopped at step 2" in (tmp_path / "two" / "0" / "stdout").read_text()
+    assert run(tmp_path / "two", work[1](), 2) == [0, 0]
+    for left, right in zip(rows(one), rows(two), strict=True):
+        assert left.keys() == right.keys()
+        for key in left.keys() & {
             "step",
             "kind",
             "length",
@@ -484,16 +726,11 @@ def test_two_gloo_processes_see_the_same_rollouts_and_evaluations_as_one(base, t
             "formats",
             "sampled_formats",
             "reward",
-        ):
-            assert left.get(key) == right.get(key)
-    for step in (0, 2):
-        one, two = (
-            (tmp_path / name / f"samples_{step:06d}.jsonl").read_text() for name in ("one", "two")
-        )
-        assert one == two
-    one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-4)
+        }:
+            assert left[key] == right[key]
+    for step in (0, 3):
+        assert len({(folder / f"samples_{step:06d}.jsonl").read_text() for folder in folders}) == 1
+    torch.testing.assert_close(final_weights(two), final_weights(one), atol=1e-5, rtol=0)
 
 
 def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_path, capsys):
@@ -503,7 +740,9 @@ def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_p
         {"question": "Why? " * 300, "answer": 3},
     ]
     file.write_text("\n".join(map(json.dumps, questions)))
-    row = rl.main(settings(tmp_path / "eval", base, "eval", task="gsm8k", questions=str(file)))
+    cfg = Config(algo="eval", init_from=base, out_dir=str(tmp_path / "eval"), task="gsm8k", questions=str(file),
+                 max_new_tokens=24, eval_k=2)  # fmt: skip
+    row = rl.main(cfg)
     assert row["n"] == 2 and row["too_long"] == 1 and row["task"] == "gsm8k"
     assert "1 of 2 test questions are longer than" in capsys.readouterr().out
 
@@ -518,6 +757,9 @@ def test_questions_from_a_file_are_held_out_for_evaluation(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(algo="grpo", group_size=1), "--group_size=1 gives grpo nothing to compare"),
     (dict(algo="ppo", top_p=0.95), "use --top_p=1"), (dict(algo="grpo", top_p=0.95), "use --top_p=1"),
+    (dict(algo="reinforce", top_p=0.95), "use --top_p=1"),
+    (dict(algo="grpo", kl_in="loss", kl_estimator="k1"), "the gradient of k1 in the loss is zero"),
+    (dict(algo="grpo", kl_in="reward"), "grpo has one reward for a completion"),
     (dict(init_from="nowhere"), "nowhere/ckpt.pt does not exist: run `torchrun pretrain.py` first"),
     (dict(task="toyy"), "unknown task 'toyy'"), (dict(questions="none.jsonl"), "none.jsonl does not exist"),
     (dict(temperature=0.0), "--temperature=0.0 must be above 0"), (dict(max_new_tokens=250), "no question fits"),
@@ -527,6 +769,81 @@ def test_a_mistake_is_a_sentence_before_anything_is_written(base, tmp_path, chan
     with pytest.raises(UserError, match=message):
         rl.main(dataclasses.replace(settings(tmp_path / "run", base), **change))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("algo, flag", [
+    ("ppo", "scale_rewards=false"), ("ppo", "restart_from_base=false"), ("grpo", "gamma=0.9"), ("grpo", "whiten=false"),
+    ("reinforce", "clip_eps=0.1"), ("reinforce", "critic_learning_rate=0.1"), ("ei", "clip_eps=0.1"),
+    ("ei", "kl_coef=0.1"), ("ei", "kl_in=reward"), ("eval", "temperature=0.5"), ("eval", "max_steps=9"),
+])  # fmt: skip
+def test_a_setting_that_an_algorithm_does_not_read_is_refused(algo, flag):
+    name = flag.partition("=")[0]
+    with pytest.raises(UserError, match=f"--{name} does nothing with --algo={algo}: leave it out"):
+        rl.check(parse_config(Config, rl.PRESETS, [f"--algo={algo}", f"--{flag}"]))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+@pytest.mark.parametrize("algo", [*rl.ALGORITHMS, "eval"])
+def test_presets_and_the_config_of_another_algorithm_s_run_are_not_refused(tmp_path, preset, algo):
+    """Its config.json holds every field, read or not."""
+    flags = [f"--preset={preset}", f"--algo={algo}"]
+    rl.check(parse_config(Config, rl.PRESETS, flags))
+    other = parse_config(Config, rl.PRESETS, ["--gamma=0.9", "--max_steps=9", "--kl_in=loss"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(dataclasses.asdict(other)))
+    rl.check(parse_config(Config, rl.PRESETS, [*flags, f"--config={file}"]))
+
+
+CHANGES = {
+    "kl_coef": 0.2, "kl_in": "loss", "kl_estimator": "k2", "clip_eps": 0.01, "critic_learning_rate": 1e-2,
+    "value_clip": 1e-4, "gamma": 0.9, "gae_lambda": 0.5, "whiten": False, "scale_rewards": False,
+    "restart_from_base": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algo", rl.ALGORITHMS)
+def test_the_settings_that_an_algorithm_reads_are_those_that_change_its_update(algo):
+    """The table against the code: a setting that is refused would have changed no bit."""
+    setup_distributed("cpu")
+    plain = learned(algo=algo)[0]
+    for names, algos in rl.USED_BY.items():
+        for name in set(names.split()) & CHANGES.keys():
+            value = "reward" if name == "kl_in" and algo != "ppo" else CHANGES[name]
+            changed = learned(algo=algo, **{name: value})[0]
+            differs = any(not torch.equal(left[key], right[key])
+                          for left, right in zip(plain, changed) for key in left)  # fmt: skip
+            assert differs == (algo in algos.split()), name
+
+
+def no_gpu_memory(*_):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd a long story."
+    )
+
+
+@pytest.mark.parametrize(
+    "accident", [no_gpu_memory, lambda *_: torch.empty(1 << 60)], ids=["cuda", "cpu"]
+)
+@pytest.mark.parametrize("place, flag", [("generate", "sample_batch_size, 64"),
+                                         ("make_batch", "micro_batch_size, 3")])  # fmt: skip
+def test_out_of_memory_is_a_sentence_with_the_setting_to_lower(
+    base, questions, tmp_path, monkeypatch, capsys, accident, place, flag
+):
+    monkeypatch.setattr(rl, place, accident)
+    argv = [f"--{k}={v}" for k, v in {**QUICK, "init_from": base, "questions": questions}.items()]
+    monkeypatch.setattr(sys, "argv", ["rl.py", *argv, f"--out_dir={tmp_path}/run"])
+    with pytest.raises(SystemExit) as stopped:
+        rl.launch(rl.main, Config, rl.PRESETS)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed == f"rl.py: out of memory: lower --{flag} now\n"
+
+
+def test_another_error_of_an_update_is_not_taken_for_want_of_memory():
+    with (
+        pytest.raises(RuntimeError, match="size mismatch"),
+        rl.memory_for(Config(), "micro_batch_size"),
+    ):
+        raise RuntimeError("size mismatch")
 
 
 def test_a_corrupt_base_is_named(tmp_path):
@@ -556,3 +873,55 @@ def test_a_run_that_went_wrong_says_so_in_plain_words(row, hint):
     fine = {"informative": 0.5, "reward": 0.5, "kl": 0.1, "entropy": 0.3, "truncated": 0.0}
     said = rl.advice([{**fine, "informative": row.get("informative", 0.5)}, {**fine, **row}])
     assert len(said) == (hint is not None) and all(hint in sentence for sentence in said)
+
+
+# ---------------------------------------------------------------- bench.py
+
+
+def test_bench_rl_prints_the_seconds_of_each_phase(capsys):
+    bench.COMMANDS["rl"](
+        ["--prompts_per_step=2", "--group_size=2", "--max_new_tokens=4", "--max_steps=1"]
+    )
+    printed = capsys.readouterr().out
+    assert "4 of 4 tokens" in printed
+    for name in ("sample", "verify", "update", "total"):
+        assert f"\n  {name} " in printed
+
+
+@pytest.mark.parametrize("dtype, width", [("float32", 4), ("bfloat16", 2)])
+def test_bench_memory_computes_what_a_forward_pass_keeps(dtype, width):
+    gpt = GPT(GPTConfig(vocab_size=300, context=64, width=96, layers=3, heads=6))
+    rollout = Rollout([[1] * 30] * 8, [[2] * 30] * 8, [""] * 8, [Score(0.0, "text", None, None)] * 8,
+                      [[0.0] * 30] * 8)  # fmt: skip
+    batch, kept = batch_of(rollout), {}
+    known = {t.untyped_storage().data_ptr() for t in (*gpt.parameters(), *gpt.buffers())}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(dtype, CPU.device):
+        results = Policy(gpt, 1.0)(batch)
+    assert results[0].requires_grad  # and what it needs for that is still there
+    copies = 2 * sum(p.numel() for p in gpt.parameters()) if width == 2 else 0
+    measured = sum(size for place, size in kept.items() if place not in known)
+    computed = bench.activation_bytes(gpt.config, batch.ids.numel(), width) + copies
+    assert computed == pytest.approx(measured, rel=0.15)
+
+
+def test_bench_memory_prints_what_fits(capsys):
+    bench.COMMANDS["memory"](["--max_new_tokens=512"])
+    blocks = capsys.readouterr().out.split("parameters, ")
+    assert len(blocks) == 1 + 4 * 3
+    fits = {size: line.split(size)[1].strip() for line in blocks[-3].splitlines()  # ppo at 1B
+            for size in ("fits  8 GB", "fits 80 GB") if size in line}  # fmt: skip
+    assert fits["fits  8 GB"] == "does not fit" and fits["fits 80 GB"].startswith(
+        "--micro_batch_size="
+    )
+
+
+@pytest.mark.parametrize(
+    "room, most, largest", [(0.5, 64, 0), (1, 64, 1), (7.9, 64, 4), (900, 48, 32)]
+)
+def test_a_batch_that_fits_is_a_power_of_two(room, most, largest):
+    assert bench.power_of_two(room, most) == largest
