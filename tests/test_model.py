@@ -16,13 +16,13 @@ def seeded(*seeds):
 @pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 1, 1, 4, 1), (11, 1)])
 def test_cached_logits_equal_uncached_ones_at_every_chunk_boundary(gpt, chunks):
     ids = torch.randint(50, (3, 12))
-    cache = KVCache(gpt.config, 3, 12, "cpu", torch.float32)
+    cache = KVCache(gpt.config, 3, "cpu", torch.float32)
     parts = [gpt(part, cache) for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), gpt(ids))
 
 
 def test_a_full_cache_refuses_another_token(gpt):
-    cache = KVCache(gpt.config, 1, 2, "cpu", torch.float32)
+    cache = KVCache(gpt.config, 1, "cpu", torch.float32)
     with pytest.raises(ValueError, match="holds 2 tokens"):
         gpt(torch.zeros(1, 3, dtype=torch.long), cache)
 
