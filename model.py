@@ -5,6 +5,7 @@ without parameters, SwiGLU, no biases. The model knows ids only; text is the bus
 Imported by pretrain.py and rl.py: nothing is launched, read or written here.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -25,48 +26,95 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated; `length[b]` slots of row b hold real tokens.
+    """Keys and values of every layer; all rows write their next token in the same slot.
 
-    Rows are ragged: each writes at its own next slot, so a short prompt needs no padding on the
-    left and every token keeps the position that it has alone. Attention reads only the first
-    `filled` slots.
+    Rows are ragged all the same: `real` marks the slots that hold no padding, and `length` is the
+    position of a row's next token, the one that it has alone. Room is added as it is needed, for
+    the rows that are left; attention reads only the first `filled` slots.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, device, dtype):
-        shape = (config.layers, batch, config.heads, capacity, config.width // config.heads)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = torch.zeros(batch, dtype=torch.long, device=device)  # (B,)
-        self.filled = 0  # the longest row, known without asking the device
+    STEP = 128  # slots added at a time: a copy of the rest is little beside 128 readings of it
 
-    def advance(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for T more tokens in each row: their positions (B, T), and a mask (B, 1, T, S)."""
-        self.filled += T
-        if self.filled > self.k.size(3):
-            raise ValueError(f"the cache holds {self.k.size(3)} tokens a row, {self.filled} needed")
-        steps = torch.arange(self.filled, device=self.length.device)
-        self.positions = self.length[:, None] + steps[:T]  # (B, T)
+    def __init__(self, config: GPTConfig, batch: int, device, dtype):
+        shape = (2, config.layers, batch, config.heads, 0, config.width // config.heads)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)  # (2, L, B, H, S, D)
+        self.slots = torch.arange(config.context, device=device)
+        self.real = torch.ones((batch, config.context), dtype=torch.bool, device=device)
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)  # (B,)
+        self.filled = 0  # known without asking the device
+
+    def reserve(self, T: int) -> None:
+        """Makes room for T more tokens in each row."""
+        needed, old = self.filled + T, self.kv
+        if needed > len(self.slots):
+            raise ValueError(f"{needed} tokens do not fit the context of {len(self.slots)}")
+        if needed > old.size(4):
+            size = min(needed + self.STEP, len(self.slots))
+            self.kv = old.new_empty(*old.shape[:4], size, old.size(5))
+            self.kv[..., : self.filled, :] = old[..., : self.filled, :]
+
+    def advance(self, T: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Takes T more slots: their positions (B, T), and what attention adds to its scores,
+        (B, 1, T, S), None where it is causal and no more.
+        """
+        self.reserve(T)
+        start, self.filled = self.filled, self.filled + T
+        positions = self.length[:, None] + self.slots[:T]  # (B, T)
         self.length = self.length + T
-        return self.positions, (steps <= self.positions[:, :, None])[:, None]
+        if start == 0:
+            return positions, None  # padding stands on the right, where no token looks
+        causal = self.slots[: self.filled] <= self.slots[start : self.filled, None]  # (T, S)
+        seen = self.real[:, None, None, : self.filled] & causal
+        return positions, torch.zeros_like(seen, dtype=self.kv.dtype).masked_fill(~seen, -torch.inf)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Writes k, v (B, H, T, D) at the rows' own slots; returns all filled, (B, H, S, D)."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)
-        return self.k[layer, :, :, : self.filled], self.v[layer, :, :, : self.filled]
+        """Writes k, v (B, H, T, D) in the slots taken; returns all filled, (B, H, S, D)."""
+        past, T = self.kv[:, layer, :, :, : self.filled], k.size(2)  # (2, B, H, S, D)
+        past[0, :, :, -T:], past[1, :, :, -T:] = k, v
+        return past[0], past[1]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drops every row but `rows` (ids of rows, or a boolean for each)."""
-        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+    def part(self, rows) -> "KVCache":
+        """The cache of some rows: a slice shares this one's storage, numbers (n,) copy from it."""
+        part = copy.copy(self)
+        part.kv, part.real, part.length = self.kv[:, :, rows], self.real[rows], self.length[rows]
+        return part
+
+    def trim(self, lengths: torch.Tensor, filled: int) -> None:
+        """Row b holds lengths[b] real tokens, and from there to `filled` padding."""
+        self.length, self.filled = lengths, filled
+        self.real[:, :filled] = self.slots[:filled] < lengths[:, None]
+
+    def keep(self, alive: torch.Tensor) -> torch.Tensor:
+        """Drops the rows that are not `alive`; returns which ones (n,) are left, in their order.
+
+        The last rows move to the places of those that go: no other is copied.
+        """
+        n = int(alive.sum())
+        gaps, movers = (~alive[:n]).nonzero()[:, 0], alive[n:].nonzero()[:, 0] + n
+        filled = self.kv[..., : self.filled, :]
+        filled[:, :, gaps] = filled[:, :, movers]
+        left = torch.arange(n, device=alive.device).index_copy(0, gaps, movers)
+        self.kv, self.real, self.length = self.kv[:, :, :n], self.real[left], self.length[left]
+        return left
 
 
-def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary positions (arXiv 2104.09864): turns the halves (a, b) of each x[..., D] of
-    (B, H, T, D) to (a cos - b sin, b cos + a sin); rope (2, ..., T, D) holds cos and -+sin.
+    (B, T, 2, H, D) to (a cos - b sin, b cos + a sin); rope is cos and -+sin, (..., T, 1, 1, D).
     """
-    cos, sin = rope.unbind(0)
+    cos, sin = rope
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
+
+
+def attend(q, k, v, mask) -> torch.Tensor:
+    """Attention of q (B, H, T, D) to k, v (B, H, S, D), causal without a mask (B, 1, T, S) to add.
+
+    On a CPU two products take a tenth less time than the fused kernel for one query.
+    """
+    if mask is None or q.size(2) > 1 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3)  # (B, H, 1, S)
+    return (scores + mask).softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):
@@ -78,14 +126,12 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, layer=0):
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )
-        q, k = rotate(q, rope), rotate(k, rope)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
+        q, k = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, T, D) each
+        v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, H, S, D): the past and the present
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -108,8 +154,10 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask=None, cache=None, layer=0):
+    def forward(self, x, rope, mask=None, cache=None, layer=0, only=None):
         x = x + self.attention(F.layer_norm(x, x.shape[-1:]), rope, mask, cache, layer)
+        if only is not None:
+            x = x.gather(1, only[:, None, None].expand(-1, 1, x.size(2)))  # (B, 1, C)
         return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
 
 
@@ -165,19 +213,21 @@ class GPT(nn.Module):
         cos, sin = angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
         self.register_buffer("rope", torch.stack((cos, sin)), persistent=False)  # (2, context, D)
 
-    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Last normalised hidden states (B, T, C) of ids (B, T), which continue a given `cache`."""
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, only=None) -> torch.Tensor:
+        """Last normalised hidden states (B, T, C) of ids (B, T), which continue a given `cache`;
+        with only (B,), those of one place in each row, (B, 1, C).
+        """
         T = ids.size(1)
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
         if cache is None:
-            rope, mask = self.rope[:, :T], None  # (2, T, D)
+            rope, mask = self.rope[:, :T, None, None], None  # (2, T, 1, 1, D)
         else:
             positions, mask = cache.advance(T)
-            rope = self.rope[:, positions][:, :, None]  # (2, B, 1, T, D)
-        x = self.embed(ids)  # (B, T, C)
+            rope = self.rope[:, positions][:, :, :, None, None]  # (2, B, T, 1, 1, D)
+        x, rope = self.embed(ids), rope.unbind(0)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            x = block(x, rope, mask, cache, layer, only if layer == len(self.blocks) - 1 else None)
         return F.layer_norm(x, x.shape[-1:])
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, targets=None):
@@ -212,19 +262,41 @@ def sample(logits, temperature, top_p, uniform):
     depends on nothing but the row. The log-prob is of the whole distribution at this temperature
     (1 when greedy, at 0): top-p limits what is drawn, not what is reported.
     """
-    logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    p = F.softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
-        token = logp.argmax(dim=-1)
+        token = p.argmax(dim=-1)
     elif top_p == 1:
-        cumulative = logp.exp().cumsum(dim=-1)
+        cumulative = p.cumsum(dim=-1)
         token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])[:, 0]
     else:
-        p, order = logp.exp().sort(dim=-1, descending=True)
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # what starts below top_p stays
-        cumulative = p.cumsum(dim=-1)
+        sorted_p, order = p.sort(dim=-1, descending=True)
+        before = sorted_p.cumsum(dim=-1) - sorted_p
+        cumulative = sorted_p.masked_fill(before >= top_p, 0).cumsum(dim=-1)
         rank = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
         token = order.gather(1, rank)[:, 0]
-    return token, logp.gather(1, token[:, None])[:, 0]
+    return token, p.gather(1, token[:, None])[:, 0].log()
+
+
+def prefill(model, prompts) -> tuple[torch.Tensor, KVCache]:
+    """The last hidden state (B, C) of each of `prompts`, and the cache that holds them all."""
+    device, places = model.embed.weight.device, {}
+    numbers = [places.setdefault(tuple(p), len(places)) for p in prompts]  # equal ones once
+    autocast = torch.is_autocast_enabled(device.type)  # it casts a weight once, not at each token
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed.weight.dtype
+    lengths = torch.tensor([len(p) for p in places], device=device)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in places], batch_first=True).to(device)
+    (U, T), last = ids.shape, []
+    cache = KVCache(model.config, U, device, dtype)
+    cache.reserve(T)
+    count = max(1, (2048 if device.type == "cpu" else 65536) // T)  # fits a cache, fills a GPU
+    for first in range(0, U, count):
+        rows = slice(first, first + count)
+        last.append(model.hidden(ids[rows], cache.part(rows), lengths[rows] - 1)[:, 0])
+    cache.trim(lengths, T)
+    if U == len(numbers):
+        return torch.cat(last), cache
+    numbers = torch.tensor(numbers, device=device)
+    return torch.cat(last)[numbers], cache.part(numbers)
 
 
 @torch.no_grad()
@@ -244,32 +316,25 @@ def generate(model, prompts, max_new_tokens, eos, generator, temperature=1.0, to
     else:
         uniform = torch.rand(B, N, generator=generator)
     uniform = (1 - uniform).to(device)  # (0, 1]: a token of probability zero is never reached
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
     tokens = torch.full((B, N), eos, device=device)
-    mask = torch.zeros((B, N), dtype=torch.bool, device=device)
     logp = torch.zeros((B, N), device=device)
-
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed.weight.dtype
-    cache = KVCache(model.config, B, ids.size(1) + N, device, dtype)
     rows = torch.arange(B, device=device)  # those still being written
     alive = torch.ones_like(rows, dtype=torch.bool)  # for each of rows: no eos yet
-    last = model.hidden(ids, cache)[rows, lengths - 1]  # (B, C)
-    cache.length = lengths  # the padding on the right is forgotten, and overwritten
+    last, cache = prefill(model, prompts)
     for t in range(N):
-        token, token_logp = sample(model.head(last), temperature, top_p, uniform[rows, t])
-        tokens[rows, t] = token.where(alive, eos)
-        logp[rows, t] = token_logp * alive
-        mask[rows, t] = alive
-        alive = alive & (token != eos)
-        if t % 4 == 3 or t == N - 1:  # the only question that the host asks the device
+        token, logp[rows, t] = sample(model.head(last), temperature, top_p, uniform[rows, t])
+        tokens[rows, t] = token = token.where(alive, eos)
+        alive = token != eos
+        if t == N - 1:
+            break
+        if t % 4 == 3:  # the only question that the host asks the device
             left = int(alive.sum())
-            if left == 0 or t == N - 1:
+            if left == 0:
                 break
             if left < 0.9 * len(rows):  # finished rows cost as much as others until they leave
-                rows, token = rows[alive], token[alive]
-                cache.keep(alive)
-                alive = alive[alive]
+                left = cache.keep(alive)
+                rows, token, alive = rows[left], token[left], alive[left]
         last = model.hidden(token[:, None], cache)[:, 0]
-    return tokens, mask, logp
+    ended = tokens == eos
+    mask = ended.cumsum(dim=1) - ended.long() == 0  # up to the first eos, and on it
+    return tokens, mask, logp * mask

@@ -7,6 +7,7 @@ Tables hold for the machine they were printed on, at that moment: compare within
 
 import copy
 import itertools
+import math
 import random
 import resource
 import sys
@@ -24,7 +25,7 @@ from data import UserError, toy  # noqa: E402
 from data.tasks import Question  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from hostile import CHEATS, CODE  # noqa: E402
-from model import GPTConfig  # noqa: E402
+from model import GPTConfig, generate  # noqa: E402
 from verify import score_batch  # noqa: E402
 
 
@@ -122,6 +123,66 @@ def verify(argv: list[str]) -> None:
     show("verify: completions scored", rows)
 
 
+def sample(argv: list[str]) -> None:
+    """Tokens a second of model.generate on random weights, best of --max_steps (3) rounds; and of
+    the package transformers where it is installed: a Llama of the same shape, asked the same.
+
+    256 prompts of 48 tokens. Mixed lengths: each token ends its completion with the probability
+    at which the mean length is 30% of the limit; only tokens up to the end count.
+    """
+    shape = ["--width=128", "--layers=4", "--heads=4", "--init_std=0.02"]  # 1.2M parameters
+    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, shape + argv)
+    device = pretrain.setup_distributed(cfg.device).device
+    V, B, P = vocabulary(cfg.tokenizer), 256, 48
+    model = pretrain.build_model(cfg, V, device).eval()
+    model.head.bias = torch.nn.Parameter(torch.zeros(V, device=device))
+    prompts = torch.randint(1, V, (B, P), device=device)  # 0 is what ends a completion
+
+    def ours(N: int, eos: int) -> int:
+        seeds = [torch.Generator().manual_seed(i) for i in range(B)]
+        return int(generate(model, prompts.tolist(), N, eos, seeds)[1].sum())
+
+    engines = {"model.generate": (model.head, ours)}
+    try:
+        import transformers
+
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=V, hidden_size=cfg.width, intermediate_size=4 * cfg.width,
+            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, eos_token_id=None,
+            tie_word_embeddings=cfg.tied)).to(device).eval()  # fmt: skip
+        llama.lm_head.bias = torch.nn.Parameter(torch.zeros(V, device=device))
+
+        def theirs(N: int, eos: int) -> int:
+            ends = {} if eos < 0 else {"eos_token_id": eos, "pad_token_id": eos}
+            ids = llama.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
+                                 top_k=0, max_new_tokens=N, **ends)[:, P:]  # fmt: skip
+            return int(((ids == eos).cumsum(1) - (ids == eos).long() == 0).sum())
+
+        engines["transformers"] = llama.lm_head, theirs
+    except ImportError:
+        pass
+
+    speeds, lengths = {}, {}
+    for _ in range(
+        cfg.max_steps or 3
+    ):  # in turns: what else the machine does slows all of them alike
+        for N, eos in ((64, -1), (160, -1), (64, 0), (160, 0)):
+            for name, (head, run) in engines.items():
+                p = 3.2 / N
+                head.bias.data[0] = math.log((V - 1) * p / (1 - p)) if eos == 0 else 0.0
+                began = time.perf_counter()
+                with pretrain.autocast(cfg.dtype, device):
+                    tokens = run(N, eos)
+                row = f"{name}, {N} {'at most' if eos == 0 else 'tokens'}"
+                speeds.setdefault(row, []).append(tokens / (time.perf_counter() - began))
+                lengths.setdefault(row, []).append(tokens / B)
+    N = sum(p.numel() for p in model.parameters())
+    show(f"sample: {B} prompts of {P} tokens, {N:,} parameters, {device}, "
+         f"{torch.get_num_threads()} thread(s)",
+         {row: f"{max(s):9,.0f} tokens/s, mean length {sum(lengths[row]) / len(s):5.1f}"
+          for row, s in speeds.items()})  # fmt: skip
+
+
 def rl(argv: list[str]) -> None:
     """A step of rl.py, grpo on 256 completions of 60 tokens after prompts of 48 by a GPT of 1.2M
     random weights: the best and the median of --max_steps (5). The verifier reads what the toy's
@@ -217,7 +278,7 @@ def power_of_two(room: float, most: int) -> int:
     return 1 << int(min(room, most)).bit_length() - 1 if min(room, most) >= 1 else 0
 
 
-COMMANDS = {"train": train, "verify": verify, "rl": rl, "memory": memory}
+COMMANDS = {"train": train, "verify": verify, "sample": sample, "rl": rl, "memory": memory}
 
 if __name__ == "__main__":
     name, *argv = sys.argv[1:] or ["--help"]

@@ -13,18 +13,36 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+@pytest.mark.parametrize("step", [0, 1, 5, 128])  # slots that the cache adds when it grows
 @pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 1, 1, 4, 1), (11, 1)])
-def test_cached_logits_equal_uncached_ones_at_every_chunk_boundary(gpt, chunks):
+def test_cached_logits_equal_uncached_ones_at_every_boundary(gpt, chunks, step, monkeypatch):
+    monkeypatch.setattr(KVCache, "STEP", step)
     ids = torch.randint(50, (3, 12))
-    cache = KVCache(gpt.config, 3, 12, "cpu", torch.float32)
+    cache = KVCache(gpt.config, 3, "cpu", torch.float32)
     parts = [gpt(part, cache) for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), gpt(ids))
 
 
-def test_a_full_cache_refuses_another_token(gpt):
-    cache = KVCache(gpt.config, 1, 2, "cpu", torch.float32)
-    with pytest.raises(ValueError, match="holds 2 tokens"):
-        gpt(torch.zeros(1, 3, dtype=torch.long), cache)
+def test_the_cache_refuses_more_tokens_than_the_context_has(gpt):
+    cache = KVCache(gpt.config, 1, "cpu", torch.float32)
+    gpt(torch.zeros(1, 60, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
+        gpt(torch.zeros(1, 5, dtype=torch.long), cache)
+
+
+def test_rows_that_leave_the_cache_change_nothing_for_those_that_stay(gpt):
+    """The last rows move to the places of those that go: each must take all that is its own."""
+    ids, lengths = torch.randint(50, (6, 9)), torch.tensor([9, 2, 5, 7, 3, 4])
+    cache = KVCache(gpt.config, 6, "cpu", torch.float32)
+    gpt(ids, cache)
+    cache.trim(lengths, 9)
+    left = cache.keep(torch.tensor([True, False, False, True, True, True]))
+    assert sorted(left.tolist()) == [0, 3, 4, 5]
+    following = torch.randint(50, (4, 3))
+    logits = torch.cat([gpt(column, cache) for column in following.split(1, dim=1)], dim=1)
+    for row, b in enumerate(left.tolist()):
+        alone = torch.cat((ids[b, : lengths[b]], following[row]))[None]
+        torch.testing.assert_close(logits[row], gpt(alone)[0, -3:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -38,6 +56,21 @@ def test_a_ragged_batch_gives_each_prompt_what_it_gets_alone(gpt, temperature, t
         assert tokens[0].tolist() == together[0][i].tolist()
         assert mask[0].tolist() == together[1][i].tolist()
         torch.testing.assert_close(logp[0], together[2][i])
+
+
+@pytest.mark.parametrize("step", [0, 128])
+def test_growth_leaving_rows_and_equal_prompts_change_no_row(gpt, step, monkeypatch):
+    """With an end that is likely, rows leave at every chance, and others move to their places."""
+    monkeypatch.setattr(KVCache, "STEP", step)
+    gpt.head.bias = torch.nn.Parameter(torch.tensor([2.0] + [0.0] * 49))  # of the EOS
+    prompts = [list(range(1, 2 + i % 9)) for i in range(40)]  # each length some four times
+    together = generate(gpt, prompts, 30, EOS, seeded(*range(40)))
+    lengths = together[1].sum(dim=1)
+    assert lengths.min() < 5 and lengths.max() > 12 and len(lengths.unique()) > 6
+    for i, prompt in enumerate(prompts):
+        alone = generate(gpt, [prompt], 30, EOS, seeded(i))
+        for mine, ours in zip(alone, together):
+            torch.testing.assert_close(mine[0], ours[i], atol=1e-4, rtol=1e-4)
 
 
 def test_the_mask_contains_the_first_eos_and_nothing_after_it(gpt):
