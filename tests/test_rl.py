@@ -634,7 +634,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(
     """Before a random touch of a file (a row, a checkpoint, a picture, a rename), and amid one."""
     changes, moments, deaths = {"questions": questions, **VARIANTS[name]}, random.Random(name), 0
     assert run(tmp_path / "whole", training(base, **changes)) == [0]
-    kinds = [(killed_at_file_event, 36), (killed_amid_a_write, 1 << 19)]
+    kinds = [(killed_at_file_event, 24), (killed_amid_a_write, 1 << 19)]
     while deaths < 30:
         kill, most = kinds[deaths % 2]
         accident = functools.partial(kill, moments.randint(1, most))
