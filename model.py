@@ -100,7 +100,7 @@ class KVCache:
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary positions (arXiv 2104.09864): turns the halves (a, b) of each x[..., D] of
-    (B, T, 2, H, D) to (a cos - b sin, b cos + a sin); rope is cos and -+sin, (..., T, 1, 1, D).
+    (B, H, T, D) to (a cos - b sin, b cos + a sin); rope is cos and -+sin, each (..., T, D).
     """
     cos, sin = rope
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
@@ -126,9 +126,11 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, layer=0):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
-        q, k = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, T, D) each
-        v = qkv[:, :, 2].transpose(1, 2)
+        q, k, v = (
+            part.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, H, S, D): the past and the present
         y = attend(q, k, v, mask)
@@ -221,10 +223,10 @@ class GPT(nn.Module):
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
         if cache is None:
-            rope, mask = self.rope[:, :T, None, None], None  # (2, T, 1, 1, D)
+            rope, mask = self.rope[:, :T], None  # (2, T, D)
         else:
             positions, mask = cache.advance(T)
-            rope = self.rope[:, positions][:, :, :, None, None]  # (2, B, T, 1, 1, D)
+            rope = self.rope[:, positions][:, :, None]  # (2, B, 1, T, D)
         x, rope = self.embed(ids), rope.unbind(0)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, layer, only if layer == len(self.blocks) - 1 else None)
