@@ -196,7 +196,7 @@ def memory(argv: list[str]) -> None:
             cfg = pretrain.parse_config(echo.Config, echo.PRESETS, flags)
             tokens = min(c.context, 256 + cfg.max_new_tokens)
             critic = sum(p.numel() for p in echo.Critic(model).parameters()) * (algo == "ppo")
-            # keys and values in bf16, twice while finished rows leave; logits in fp32, three times
+            # keys and values in bf16, twice while the cache is copied; logits in fp32, three times
             row = 2 * 2 * 2 * c.layers * c.width * tokens + 3 * 4 * c.vocab_size
             kept = activation_bytes(c, tokens, 2)
             fixed = {"weights": 4 * N, "gradients": 4 * N, "AdamW": 8 * N, "critic": 16 * critic,
