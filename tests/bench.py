@@ -189,9 +189,12 @@ def rl(argv: list[str]) -> None:
     authors wrote, as a trained model would.
     """
     defaults = ["--algo=grpo", "--max_new_tokens=60", "--max_steps=5"]
-    cfg = echo.parse_config(echo.Config, echo.PRESETS, [*defaults, *argv])
+    cfg = pretrain.parse_config(echo.Config, echo.PRESETS, [*defaults, *argv])
     processes, encoding = pretrain.setup_distributed(cfg.device), get_tokenizer("toy")
-    shape, context = dict(width=128, layers=4, heads=4), echo.autocast(cfg.dtype, processes.device)
+    shape, context = (
+        dict(width=128, layers=4, heads=4),
+        pretrain.autocast(cfg.dtype, processes.device),
+    )
     base = pretrain.build_model(pretrain.Config(**shape), encoding.n_vocab, processes.device)
     network = echo.Policy(copy.deepcopy(base), cfg.temperature)
     policy = echo.Trainer(network, cfg.learning_rate, cfg, processes)
@@ -251,10 +254,10 @@ def memory(argv: list[str]) -> None:
         c, N = model.config, sum(p.numel() for p in model.parameters())
         for algo in ("ppo", "grpo", "ei"):
             flags = ["--preset=paper", *argv, f"--algo={algo}"]
-            cfg = echo.parse_config(echo.Config, echo.PRESETS, flags)
+            cfg = pretrain.parse_config(echo.Config, echo.PRESETS, flags)
             tokens = min(c.context, 256 + cfg.max_new_tokens)
             critic = sum(p.numel() for p in echo.Critic(model).parameters()) * (algo == "ppo")
-            # keys and values in bf16, twice while finished rows leave; logits in fp32, three times
+            # keys and values in bf16, twice while the cache is copied; logits in fp32, three times
             row = 2 * 2 * 2 * c.layers * c.width * tokens + 3 * 4 * c.vocab_size
             kept = activation_bytes(c, tokens, 2)
             fixed = {"weights": 4 * N, "gradients": 4 * N, "AdamW": 8 * N, "critic": 16 * critic,
