@@ -7,7 +7,6 @@ ckpt.pt. Run it again to continue an unfinished run. The plumbing that rl.py sha
 
 import contextlib
 import ctypes
-import contextlib
 import dataclasses
 import datetime
 import difflib
