@@ -337,6 +337,21 @@ def describe(processes: Processes) -> dict:
             "device": str(processes.device), "world_size": processes.world}  # fmt: skip
 
 
+@contextlib.contextmanager
+def memory_for(cfg, name: str):
+    """Turns running out of memory within it into the sentence that names the setting to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no class for it
+        gpu, cpu = isinstance(error, torch.OutOfMemoryError), "can't allocate memory" in str(error)
+        if not gpu and not cpu:
+            raise
+        sentence = f"out of memory: lower --{name}, {getattr(cfg, name)} now"
+        if os.environ.get("RANK", "0") != "0":  # launch prints what happens on rank 0, or on all
+            print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        raise UserError(sentence) from None
+
+
 class RunLog:
     """Appends rows to metrics.jsonl, and shows them: a bar on a terminal, lines elsewhere.
 
@@ -665,7 +680,8 @@ def main(cfg: Config) -> dict:
     batch, reports, trained, started = fetch(mixture, step, processes), [], 0, time.perf_counter()
     while step < total:
         rate = schedule((step + 1) / total, warmup, cfg.min_learning_rate) * cfg.learning_rate
-        reports.append(train_step(ddp, optimizer, *batch, rate, cfg, context, processes))
+        with memory_for(cfg, "micro_batch_size"):
+            reports.append(train_step(ddp, optimizer, *batch, rate, cfg, context, processes))
         step, trained = step + 1, trained + batch[1]
         batch = fetch(mixture, step, processes) if step < total else None
         log.bar.update()

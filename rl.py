@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -33,9 +32,10 @@ from data.mixture import generator
 from data.tasks import Question, load_questions
 from data.tokenizer import get_tokenizer
 from model import GPT, generate
-from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, model_state,
-                      open_run, parse_config, require_positive, restore, save_checkpoint, schedule,
-                      setup_distributed, signals_restored, write_atomically)  # fmt: skip
+from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, memory_for,
+                      model_state, open_run, parse_config, require_positive, restore,
+                      save_checkpoint, schedule, setup_distributed, signals_restored,
+                      write_atomically)  # fmt: skip
 from verify import FORMATS, score_batch, start_servers, summarize, table
 
 
@@ -127,21 +127,6 @@ USED_BY = {  # settings that not every --algo reads, and those that do
     "scale_rewards": "grpo",
     "top_p restart_from_base": "ei",
 }  # fmt: skip
-
-
-@contextlib.contextmanager
-def memory_for(cfg: Config, name: str):
-    """Turns running out of memory within it into the sentence that names the setting to lower."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no class for it
-        known = isinstance(error, torch.OutOfMemoryError), "can't allocate memory" in str(error)
-        if not any(known):
-            raise
-        sentence = f"out of memory: lower --{name}, {getattr(cfg, name)} now"
-        if os.environ.get("RANK", "0") != "0":  # launch prints what happens on rank 0, or on all
-            print(f"rl.py: {sentence}", file=sys.stderr)
-        raise UserError(sentence) from None
 
 
 # ---------------------------------------------------------------- rollouts

@@ -351,6 +351,7 @@ def test_the_run_folder_holds_what_the_design_promises(base):
     assert where.keys() == {"argv", "git_commit", "torch_version", "device", "world_size"}
     found = rows(base)
     assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert all(r["learning_rate"] > 0 for r in found if r["kind"] == "train")
     assert found[-1]["kind"] == "eval"
     assert set(found[-1]["loss"]) == {"toy-tinygsm", "toy-omi1", "toy-omi2"}
     assert found[-1]["loss"]["toy-omi1"] < found[0]["loss"]  # it learns
@@ -538,6 +539,15 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, data
     assert len(printed.splitlines()) == 1 and "make room and start again" in printed
     assert checkpoint(tmp_path / "0" / "run")["step"] == 3
     assert not list((tmp_path / "0" / "run").glob("*.tmp"))
+
+
+def test_out_of_memory_names_the_flag_to_lower(tmp_path, data_dir, monkeypatch):
+    def greedy(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(pretrain, "train_step", greedy)
+    with pytest.raises(UserError, match="out of memory: lower --micro_batch_size, 4 now"):
+        pretrain.main(settings(tmp_path, data_dir))
 
 
 def test_a_run_does_not_go_on_with_other_tokens(tmp_path, base, data_dir):

@@ -141,6 +141,8 @@ def test_prediction_and_gold_are_not_interchangeable():
     number; a gold that is an equation is not answered by a number that it happens to end in.
     """
     assert equal("a + b = 5", "5") and not equal("5", "a + b = 5")
+    assert score("\\boxed{a + b = 5}", "5").reward == 1
+    assert score("\\boxed{5}", "a + b = 5").reward == 0
 
 
 def test_what_code_computed_in_floats_may_round_what_is_written_may_not():
