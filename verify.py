@@ -176,7 +176,6 @@ def repeating(match: re.Match) -> str:
 
 
 SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"^ *(?:[Tt]he )?(?:final )?answer is:? ", ""),
     (r"^ *\*\*(.*)\*\* *$", r"\1"), (r"[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{m[0].translate(RAISED)}}}"),
     (r"\\(?:boxed|fbox|underline) *\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),
     (r"\\(?:boxed|fbox|underline) *\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),  # and one inside
@@ -988,7 +987,7 @@ def close_the_wall(out: int, seconds: int) -> None:
 
 TOGETHER = 256  # programs of one child, where they cannot touch one another
 SIDE_BY_SIDE = 8  # children that are waited for at the same time
-PATIENCE = 0.1, 0.05  # seconds without a result before the programs behind go on in another child:
+PATIENCE = 0.05, 0.02  # seconds without a result before the programs behind go on in another child:
 # of the first such program, and of those that come while it runs on
 
 
