@@ -109,7 +109,7 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 def attend(q, k, v, mask) -> torch.Tensor:
     """Attention of q (B, H, T, D) to k, v (B, H, S, D), causal without a mask (B, 1, T, S) to add.
 
-    On a CPU two products take a tenth less time than the fused kernel for one query.
+    On a CPU two products take 5 to 10% less time than the fused kernel for one query.
     """
     if mask is None or q.size(2) > 1 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -296,7 +296,7 @@ def prefill(model, prompts) -> tuple[torch.Tensor, KVCache]:
         last.append(model.hidden(ids[rows], cache.part(rows), lengths[rows] - 1)[:, 0])
     cache.trim(lengths, T)
     if U == len(numbers):
-        return torch.cat(last), cache
+        return torch.cat(last), cache  # none is equal to another: nothing to copy
     numbers = torch.tensor(numbers, device=device)
     return torch.cat(last)[numbers], cache.part(numbers)
 
@@ -334,8 +334,8 @@ def generate(model, prompts, max_new_tokens, eos, generator, temperature=1.0, to
             if left == 0:
                 break
             if left < 0.9 * len(rows):  # finished rows cost as much as others until they leave
-                left = cache.keep(alive)
-                rows, token, alive = rows[left], token[left], alive[left]
+                stay = cache.keep(alive)
+                rows, token, alive = rows[stay], token[stay], alive[stay]
         last = model.hidden(token[:, None], cache)[:, 0]
     ended = tokens == eos
     mask = ended.cumsum(dim=1) - ended.long() == 0  # up to the first eos, and on it

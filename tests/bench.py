@@ -163,9 +163,7 @@ def sample(argv: list[str]) -> None:
         pass
 
     speeds, lengths = {}, {}
-    for _ in range(
-        cfg.max_steps or 3
-    ):  # in turns: what else the machine does slows all of them alike
+    for _ in range(cfg.max_steps or 3):  # in turns: what slows the machine slows all alike
         for N, eos in ((64, -1), (160, -1), (64, 0), (160, 0)):
             for name, (head, run) in engines.items():
                 p = 3.2 / N
