@@ -98,6 +98,38 @@ class KVCache:
         return left
 
 
+class SharedPrompts:
+    """Keys and values of prompts for training: with their gradient, and each prompt read once.
+
+    The first pass of GPT.hidden reads the U different prompts, of `lengths` (U,); the second one
+    B completions, each after the prompt that `index` (B,) names. Padding is on the right of both.
+    """
+
+    def __init__(self, lengths: torch.Tensor, index: torch.Tensor):
+        self.lengths, self.index = lengths, index
+        self.kv = []  # k and v, (U, H, P, D), of each layer
+
+    def advance(self, T: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What KVCache.advance returns: the positions of T tokens, and their mask."""
+        slots = torch.arange(T, device=self.index.device)
+        if not self.kv:
+            return slots.expand(len(self.lengths), T), None
+        k, length = self.kv[0][0], self.lengths[self.index][:, None]  # (B, 1)
+        real = torch.arange(k.size(2), device=self.index.device) < length  # (B, P)
+        seen = torch.cat((real[:, None].expand(-1, T, -1),
+                          (slots <= slots[:, None]).expand(len(real), T, T)), dim=2)  # fmt: skip
+        mask = k.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]  # (B, 1, T, P + T)
+        return length + slots, mask
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Takes k, v (B, H, T, D) of this pass; returns all that they attend to, (B, H, S, D)."""
+        if layer == len(self.kv):  # the first pass
+            self.kv.append((k, v))
+            return k, v
+        past = (t.index_select(0, self.index) for t in self.kv[layer])
+        return [torch.cat(pair, dim=2) for pair in zip(past, (k, v))]
+
+
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary positions (arXiv 2104.09864): turns the halves (a, b) of each x[..., D] of
     (B, H, T, D) to (a cos - b sin, b cos + a sin); rope is cos and -+sin, each (..., T, D).
@@ -127,7 +159,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None, layer=0):
         B, T, C = x.shape
         q, k, v = (
-            part.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+            part.view(B, T, self.heads, C // self.heads).transpose(1, 2)  # (B, H, T, D)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
         q, k = rotate(q, rope), rotate(k, rope)
@@ -279,14 +311,22 @@ def sample(logits, temperature, top_p, uniform):
     return token, p.gather(1, token[:, None])[:, 0].log()
 
 
+def distinct(prompts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The U different ones of B prompts (lists of ids), padded on the right (U, P), their lengths
+    (U,), and the place (B,) of each prompt among them.
+    """
+    places = {}
+    index = [places.setdefault(tuple(p), len(places)) for p in prompts]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in places], batch_first=True)
+    return ids, torch.tensor([len(p) for p in places]), torch.tensor(index)
+
+
 def prefill(model, prompts) -> tuple[torch.Tensor, KVCache]:
     """The last hidden state (B, C) of each of `prompts`, and the cache that holds them all."""
-    device, places = model.embed.weight.device, {}
-    numbers = [places.setdefault(tuple(p), len(places)) for p in prompts]  # equal ones once
+    device = model.embed.weight.device
+    ids, lengths, index = (t.to(device) for t in distinct(prompts))
     autocast = torch.is_autocast_enabled(device.type)  # it casts a weight once, not at each token
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed.weight.dtype
-    lengths = torch.tensor([len(p) for p in places], device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in places], batch_first=True).to(device)
     (U, T), last = ids.shape, []
     cache = KVCache(model.config, U, device, dtype)
     cache.reserve(T)
@@ -295,10 +335,9 @@ def prefill(model, prompts) -> tuple[torch.Tensor, KVCache]:
         rows = slice(first, first + count)
         last.append(model.hidden(ids[rows], cache.part(rows), lengths[rows] - 1)[:, 0])
     cache.trim(lengths, T)
-    if U == len(numbers):
+    if U == len(index):
         return torch.cat(last), cache  # none is equal to another: nothing to copy
-    numbers = torch.tensor(numbers, device=device)
-    return torch.cat(last)[numbers], cache.part(numbers)
+    return torch.cat(last)[index], cache.part(index)
 
 
 @torch.no_grad()

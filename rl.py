@@ -4,8 +4,9 @@
 Reads the run of pretrain.py (--init_from), writes out_dir: config.json, metrics.jsonl, ckpt.pt,
 step_NNNNNN.pt, samples_NNNNNN.jsonl and echo.png. `--algo=eval` only evaluates. Run it again to
 continue an unfinished run. Deviations from the textbook: a completion cut at max_new_tokens
-counts as ended, with reward 0 unless it holds the answer; every rank holds the whole rollout (ids
-are small), so no statistic depends on their number.
+counts as ended, with reward 0 unless it holds the answer; a minibatch is of whole groups, so that
+a prompt is read once for all its completions (ei: of single ones); every rank holds the whole
+rollout (ids are small), so no statistic depends on their number.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from data import UserError
 from data.mixture import generator
 from data.tasks import Question, load_questions
 from data.tokenizer import get_tokenizer
-from model import GPT, generate
+from model import GPT, SharedPrompts, distinct, generate
 from pretrain import (Processes, RunLog, StopSignal, autocast, launch, load_model, memory_for,
                       model_state, open_run, parse_config, require_positive, restore,
                       save_checkpoint, schedule, setup_distributed, signals_restored,
@@ -58,13 +59,13 @@ class Config:
     temperature: float = 1.0  # of rollouts, and of the log-probs that are trained
     top_p: float = 1.0  # nucleus of rollouts; ppo and grpo train the whole distribution: 1
     minibatch_size: int = 64  # completions of an update, all ranks together
-    micro_batch_size: int = 64  # completions of one forward pass on one rank
+    micro_batch_size: int = 32  # completions of one forward pass on one rank
     epochs: int = 1  # passes over a rollout
     learning_rate: float = 3e-4  # peak, of the policy
     critic_learning_rate: float = 3e-4  # peak, of ppo's critic
     warmup: float = 0.03  # share of the schedule in which the learning rate rises
     min_learning_rate: float = 0.1  # at the end of the cosine, as a fraction of the peak
-    kl_coef: float = 0.001  # of the KL to the base
+    kl_coef: float = 0.03  # of the KL to the base
     kl_in: Literal["auto", "reward", "loss"] = "auto"  # auto: ppo's token rewards, others' loss
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"  # auto: k1 in rewards, k3 in the loss
     entropy_coef: float = 0.0  # of a bonus for the entropy at each token
@@ -108,8 +109,8 @@ PRESETS = {  # every entry applies whose words are among the chosen preset and a
     "paper": dict(
         task="gsm8k", prompts_per_step=64, group_size=8, max_new_tokens=1024, temperature=0.7,
         minibatch_size=64, micro_batch_size=8, learning_rate=1e-6, critic_learning_rate=7e-6,
-        min_learning_rate=1.0, max_steps=1168, eval_every=117, eval_k=64, eval_temperature=0.7,
-        eval_top_p=0.95, save_every=50),
+        min_learning_rate=1.0, kl_coef=0.001, max_steps=1168, eval_every=117, eval_k=64,
+        eval_temperature=0.7, eval_top_p=0.95, save_every=50),
     "paper ei": dict(
         prompts_per_step=7473, group_size=64, temperature=1.0, top_p=0.95, minibatch_size=256,
         min_learning_rate=0.1, epochs=2, learning_rate=1e-4, max_steps=3, eval_every=1,
@@ -205,8 +206,9 @@ class Batch:
     longest completion.
     """
 
-    ids: torch.Tensor  # (B, S) prompts and completions
-    start: torch.Tensor  # (B,) length of the prompt
+    prompts: torch.Tensor  # (U, P) the different ones, padded on the right too
+    prompt_lengths: torch.Tensor  # (U,)
+    index: torch.Tensor  # (B,) which of the prompts a row continues
     tokens: torch.Tensor  # (B, T) the completion
     mask: torch.Tensor  # (B, T) true on it, its end-of-text token included
     reward: torch.Tensor  # (B,)
@@ -224,17 +226,15 @@ def make_batch(rollout: Rollout, rows: list[int], advantage, weight, device) -> 
     work for DDP.
     """
     picked = rows or [0]
-    prompts = [torch.tensor(rollout.prompts[i]) for i in picked]
     completions = [torch.tensor(rollout.completions[i]) for i in picked]
-    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, completions)], batch_first=True)
     tokens = pad_sequence(completions, batch_first=True)
     length = torch.tensor([len(c) for c in completions]) * bool(rows)
     mask = torch.arange(tokens.size(1)) < length[:, None]
     reward = torch.tensor([rollout.scores[i].reward for i in picked])
-    start = torch.tensor([len(p) for p in prompts])
     logps = pad_sequence([torch.tensor(rollout.logps[i]) for i in picked], batch_first=True)
     advantage, weight = advantage[picked][:, None], weight[picked][:, None]
-    tensors = ids, start, tokens, mask, reward, advantage, logps, weight
+    prompts = distinct([rollout.prompts[i] for i in picked])
+    tensors = *prompts, tokens, mask, reward, advantage, logps, weight
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 
@@ -245,12 +245,10 @@ def completion_states(gpt: GPT, batch: Batch) -> torch.Tensor:
     """The hidden state before each token of the completions that the mask keeps, (n, C), row by
     row.
     """
-    hidden = gpt.hidden(batch.ids[:, :-1])  # (B, S - 1, C); state t predicts token t + 1
-    place = (
-        batch.start[:, None] - 1 + torch.arange(batch.mask.size(1), device=batch.mask.device)
-    )  # (B, T)
-    row = torch.arange(batch.mask.size(0), device=batch.mask.device)[:, None].expand_as(place)
-    return hidden[row[batch.mask], place[batch.mask]]
+    shared = SharedPrompts(batch.prompt_lengths, batch.index)
+    first = gpt.hidden(batch.prompts, shared, batch.prompt_lengths - 1)  # (U, 1, C)
+    rest = gpt.hidden(batch.tokens[:, :-1], shared)  # (B, T - 1, C)
+    return torch.cat((first[batch.index], rest), dim=1)[batch.mask]
 
 
 def unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -338,7 +336,7 @@ class Critic(nn.Module):
     def __init__(self, gpt: GPT):
         super().__init__()
         self.gpt = copy.deepcopy(gpt)
-        self.gpt.head = nn.Linear(gpt.config.width, 1, bias=False, device=gpt.embed.weight.device)
+        self.gpt.head = nn.Linear(gpt.config.width, 1, bias=False).to(gpt.embed.weight)
         nn.init.zeros_(self.gpt.head.weight)
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -542,17 +540,19 @@ def split_minibatches(rollout: Rollout, advantage: torch.Tensor, step: int, cfg,
     Completions that Expert Iteration does not learn from are left out. Where only the advantage
     has a gradient, those without one are skipped: they count in the normaliser still.
     """
-    algorithm, rows = ALGORITHMS[cfg.algo], range(len(advantage))
-    if not algorithm.on_policy:
-        rows = advantage.nonzero()[:, 0].tolist()
+    algorithm, draw = ALGORITHMS[cfg.algo], generator(cfg.seed, "minibatches", step)
+    if algorithm.on_policy:  # whole groups: a prompt is read once for all its completions
+        order = draw.permutation(np.arange(len(advantage)).reshape(-1, cfg.group_size)).flatten()
+    else:
+        order = draw.permutation(advantage.nonzero()[:, 0].numpy())
     skips = not algorithm.critic and not cfg.kl_coef and not cfg.entropy_coef
-    order = generator(cfg.seed, "minibatches", step).permutation(list(rows)).astype(int).tolist()
     length, weight = [len(ids) for ids in rollout.completions], torch.zeros(len(advantage))
     minibatches = []
     for first in range(0, len(order), cfg.minibatch_size):
-        whole = order[first : first + cfg.minibatch_size]
+        whole = order[first : first + cfg.minibatch_size].tolist()
         weight[whole] = torch.tensor(token_weights([length[i] for i in whole], cfg))
-        mine = [i for i in whole if advantage[i] or not skips][processes.rank :: processes.world]
+        kept = [i for i in whole if advantage[i] or not skips]
+        mine = np.array_split(np.array(kept, dtype=int), processes.world)[processes.rank].tolist()
         mine.sort(key=length.__getitem__)  # little padding in a micro-batch
         size = cfg.micro_batch_size
         parts = [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]

@@ -11,6 +11,7 @@ import math
 import random
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -25,7 +26,7 @@ from data import UserError, toy  # noqa: E402
 from data.tasks import Question  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from hostile import CHEATS, CODE  # noqa: E402
-from model import GPTConfig, generate  # noqa: E402
+from model import GPT, GPTConfig, generate  # noqa: E402
 from verify import score_batch  # noqa: E402
 
 
@@ -184,7 +185,8 @@ def sample(argv: list[str]) -> None:
 def rl(argv: list[str]) -> None:
     """A step of rl.py, grpo on 256 completions of 60 tokens after prompts of 48 by a GPT of 1.2M
     random weights: the best and the median of --max_steps (5). The verifier reads what the toy's
-    authors wrote, as a trained model would.
+    authors wrote, as a trained model would. Where the package trl is installed, a step of its
+    GRPOTrainer too.
     """
     defaults = ["--algo=grpo", "--max_new_tokens=60", "--max_steps=5"]
     cfg = pretrain.parse_config(echo.Config, echo.PRESETS, [*defaults, *argv])
@@ -199,11 +201,12 @@ def rl(argv: list[str]) -> None:
     reference = echo.Policy(base, cfg.temperature).requires_grad_(False)
     rng, stories = random.Random(0), toy.problems("train", 0)
     asked = [next(stories) for _ in range(cfg.prompts_per_step)]
-    asked = [story for story in asked for _ in range(cfg.group_size)]
     pairs = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])
              for story in asked]  # fmt: skip
+    asked, pairs = ([x for x in xs for _ in range(cfg.group_size)] for xs in (asked, pairs))
     authors, steps = (toy.write_tinygsm, toy.write_omi1, toy.write_omi2), []
-    mine = [rng.choice(authors)(story, rng) for story in asked][processes.rank :: processes.world]
+    mine = [rng.choice(authors)(rng.choice((story, asked[0])), rng) for story in asked]
+    mine = mine[processes.rank :: processes.world]
     written = mock.patch.object(echo, "score_batch", lambda _, *rest: score_batch(mine, *rest))
     for step in range(cfg.max_steps + 1):  # the first one warms up
         seconds, key = {"sample": 0.0, "verify": 0.0}, (cfg.seed, "bench", step)
@@ -223,19 +226,72 @@ def rl(argv: list[str]) -> None:
     for name in steps[0]:
         found = sorted(step[name] for step in steps[1:])
         rows[name] = f"{found[0]:.2f} s (median {found[len(found) // 2]:.2f})"
+    try:
+        theirs = sorted(trl_seconds(cfg, base, [ids for _, ids in pairs[:: cfg.group_size]]))
+        rows["TRL's total"] = f"{theirs[0]:.2f} s (median {theirs[len(theirs) // 2]:.2f})"
+    except ImportError:
+        pass
     threads = torch.get_num_threads()
     show(f"rl on {processes.device}, {processes.world} rank(s), {threads} thread(s)", rows)
 
 
-def activation_bytes(c: GPTConfig, tokens: int, narrow: int) -> int:
-    """What the policy's forward pass keeps of `tokens` for its backward pass.
+def trl_seconds(cfg, gpt: GPT, prompts: list[list[int]]) -> list[float]:
+    """Seconds of cfg.max_steps steps, each a rollout and its updates, of TRL's GRPOTrainer with
+    cfg's settings on a Llama of the shape of `gpt`. It reads text only: token n is the word wn.
+    """
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
+
+    c, ends, rng = gpt.config, [time.perf_counter()], random.Random(0)
+    words = {f"w{n}": n for n in range(c.vocab_size)}
+    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    splitter.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=splitter, eos_token="w0", pad_token="w0", padding_side="left")  # fmt: skip
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=4 * c.width,
+        num_hidden_layers=c.layers, num_attention_heads=c.heads, tie_word_embeddings=c.tied,
+        eos_token_id=0, pad_token_id=0))  # fmt: skip
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    asked = [{"prompt": " ".join(f"w{n}" for n in ids)} for ids in prompts]
+    rollout, micro = len(prompts) * cfg.group_size, cfg.micro_batch_size
+    updates = rollout // cfg.minibatch_size
+    with tempfile.TemporaryDirectory() as folder:
+        llama.save_pretrained(folder)  # its trainer reads policy and reference from there
+        settings = trl.GRPOConfig(
+            folder, per_device_train_batch_size=micro, steps_per_generation=rollout // micro,
+            gradient_accumulation_steps=cfg.minibatch_size // micro, beta=cfg.kl_coef,
+            num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens,
+            max_steps=updates * (cfg.max_steps + 1), bf16=False, gradient_checkpointing=False,
+            use_cpu=gpt.embed.weight.device.type == "cpu", disable_tqdm=True, report_to=[],
+            save_strategy="no", logging_strategy="no")  # fmt: skip
+        trl.GRPOTrainer(
+            folder, lambda completions, **_: [rng.random() for _ in completions], settings,
+            datasets.Dataset.from_list(asked), processing_class=tokenizer, callbacks=[Clock()],
+        ).train()  # fmt: skip
+    ends = ends[updates::updates]  # the first step warms up
+    return [after - before for before, after in zip(ends, ends[1:])]
+
+
+def activation_bytes(c: GPTConfig, rows: int, prompts: int, P: int, T: int, narrow: int) -> int:
+    """What the policy's forward pass keeps for its backward pass: `rows` completions of T tokens
+    that share `prompts` of P.
 
     A layer keeps, in numbers of C a token: the inputs of two LayerNorms, in fp32; in `narrow`
-    bytes each (4, or 2 under bf16 autocast) their outputs (2), q, k and v as projected (3), q and
-    k turned (2), attention's output (1), and gate, silu(gate), up and their product (4 x 4). The
-    last LayerNorm keeps its input, and the head its input.
+    bytes each (4, or 2 under bf16 autocast) their outputs (2), q turned (1), attention's output
+    (1), gate, silu(gate), up and their product (4 x 4); for each row all its keys and values (2),
+    and for the prompts themselves q, k and v as projected and k turned (4). The last LayerNorm
+    keeps its input, the head its input, and all layers share the mask.
     """
-    return tokens * c.width * (c.layers * (2 * 4 + 24 * narrow) + 4 + 4)
+    tokens, keys = prompts * P + rows * T, rows * (P + T)
+    layer = tokens * (2 * 4 + 20 * narrow) + (2 * keys + 4 * prompts * P) * narrow
+    return c.width * (c.layers * layer + 8 * tokens) + T * keys * narrow
 
 
 def memory(argv: list[str]) -> None:
@@ -257,7 +313,7 @@ def memory(argv: list[str]) -> None:
             critic = sum(p.numel() for p in echo.Critic(model).parameters()) * (algo == "ppo")
             # keys and values in bf16, twice while the cache is copied; logits in fp32, three times
             row = 2 * 2 * 2 * c.layers * c.width * tokens + 3 * 4 * c.vocab_size
-            kept = activation_bytes(c, tokens, 2)
+            kept = activation_bytes(c, 1, 1, 256, tokens - 256, 2)  # no prompt is shared: the worst
             fixed = {"weights": 4 * N, "gradients": 4 * N, "AdamW": 8 * N, "critic": 16 * critic,
                      "reference": 4 * N, "bf16 copies": 2 * max(N, critic),
                      "logits of a chunk": 3 * 4 * 512 * c.vocab_size}  # fmt: skip
