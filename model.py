@@ -116,9 +116,11 @@ class SharedPrompts:
             return slots.expand(len(self.lengths), T), None
         k, length = self.kv[0][0], self.lengths[self.index][:, None]  # (B, 1)
         real = torch.arange(k.size(2), device=self.index.device) < length  # (B, P)
-        seen = torch.cat((real[:, None].expand(-1, T, -1),
-                          (slots <= slots[:, None]).expand(len(real), T, T)), dim=2)  # fmt: skip
-        mask = k.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]  # (B, 1, T, P + T)
+        causal = slots <= slots[:, None]  # (T, T)
+        # with its four dimensions from the start: torch.compile fails on a view of the mask
+        seen = torch.cat((real[:, None, None].expand(-1, 1, T, -1),
+                          causal.expand(len(real), 1, T, T)), dim=3)  # fmt: skip
+        mask = k.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)  # (B, 1, T, P + T)
         return length + slots, mask
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):

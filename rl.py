@@ -491,9 +491,10 @@ class Trainer:
 
     def __init__(self, module: nn.Module, peak: float, cfg, processes: Processes):
         self.module, self.peak, self.cfg, self.processes = module, peak, cfg, processes
-        called = torch.compile(module) if cfg.compile else module
+        # dynamic: no two batches have the same shape
+        self.called = torch.compile(module, dynamic=True) if cfg.compile else module
         # the gradients live in DDP's buckets: no second copy of them
-        self.ddp = DistributedDataParallel(called, gradient_as_bucket_view=True)
+        self.ddp = DistributedDataParallel(self.called, gradient_as_bucket_view=True)
         self.reset()
 
     def reset(self) -> None:
@@ -572,7 +573,8 @@ def prepare_batches(
     """
     with context:
         for batch in batches:
-            batch.old_logp = policy.module(batch)[0]
+            with torch.set_grad_enabled(cfg.compile):  # compiled without gradient, its bits differ
+                batch.old_logp = policy.called(batch)[0].detach()
             batch.ref_logp = reference(batch)[0] if cfg.kl_coef else None
             batch.old_value = critic.module(batch) if critic else None
     differences = [((b.old_logp - b.sampled_logp) * b.mask).abs().max() for b in batches]

@@ -438,9 +438,9 @@ def learn_once(gpt_factory, algo, rewards, micro_batch_size, processes=CPU, **ch
     return gradients, metrics
 
 
-def make_gpt(seed=3):
+def make_gpt(seed=3, layers=2):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=2, heads=2, init_std=0.3))
+    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=layers, heads=2, init_std=0.3))
 
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
@@ -541,18 +541,18 @@ SPREAD = {  # over two ranks: the last minibatch has one row, so rank 1 has none
 }  # fmt: skip
 
 
-def learned(processes=CPU, **changes) -> tuple[list, dict]:
+def learned(processes=CPU, layers=2, **changes) -> tuple[list, dict]:
     """Weights and metrics after the updates of a rollout of 12, in two epochs."""
     cfg = Config(**{"group_size": 4, "micro_batch_size": 2, "epochs": 2, "kl_coef": 0.1,
                     "learning_rate": 1e-3, "critic_learning_rate": 1e-3, **changes})  # fmt: skip
-    gpt = make_gpt().double()  # Adam makes much of what rounding leaves of a gradient of zero
+    gpt = make_gpt(layers=layers).double()  # Adam makes much of what rounding leaves of a gradient of zero
     policy = Trainer(Policy(gpt, 1.0), cfg.learning_rate, cfg, processes)
     critic = (
         Trainer(Critic(gpt), cfg.critic_learning_rate, cfg, processes)
         if cfg.algo == "ppo"
         else None
     )
-    reference = Policy(make_gpt(seed=4).double(), 1.0)
+    reference = Policy(make_gpt(4, layers).double(), 1.0)
     metrics = rl.learn(
         random_rollout(TWELVE), 0, policy, critic, reference, cfg, FLOAT32, processes
     )
@@ -579,6 +579,35 @@ def test_an_update_of_two_ranks_is_that_of_one(tmp_path):
     start = make_gpt().state_dict()
     for name in SPREAD:
         assert (one[name][0][0]["gpt.embed.weight"] - start["embed.weight"]).abs().max() > 1e-3
+
+
+class Compiled(torch.nn.Module):
+    """Stands for torch.compile: with and without gradient, its log-probs differ in rounding."""
+
+    def __init__(self, module, dynamic):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch):
+        logp, entropy = self.module(batch)
+        return logp * (1 + 1e-7 * torch.is_grad_enabled()), entropy
+
+
+def test_compiled_too_every_ratio_is_1_before_the_first_update(monkeypatch):
+    monkeypatch.setattr(torch, "compile", Compiled)
+    setup_distributed("cpu")
+    _, metrics = learned(algo="grpo", epochs=1, minibatch_size=12, compile=True)
+    assert metrics["ratio_max_dev"] == 0.0
+
+
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="compiles for a minute: COMPILE=1 runs it")
+def test_compiled_updates_are_those_that_are_not():
+    setup_distributed("cpu")
+    cfg = dict(layers=1, algo="grpo", minibatch_size=12, micro_batch_size=6)  # of two shapes
+    (compiled,), metrics = learned(**cfg, compile=True)
+    (plain,), _ = learned(**cfg)
+    torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=0)
+    assert metrics["ratio_max_dev"] == 0.0
 
 
 @pytest.mark.parametrize("algo, steps", [("ppo", 40), ("grpo", 40), ("reinforce", 60), ("ei", 1)])
