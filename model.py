@@ -249,7 +249,7 @@ class GPT(nn.Module):
         cos, sin = angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
         self.register_buffer("rope", torch.stack((cos, sin)), persistent=False)  # (2, context, D)
 
-    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, only=None) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, cache: KVCache | SharedPrompts | None = None, only=None):
         """Last normalised hidden states (B, T, C) of ids (B, T), which continue a given `cache`;
         with only (B,), those of one place in each row, (B, 1, C).
         """

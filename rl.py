@@ -553,6 +553,7 @@ def split_minibatches(rollout: Rollout, advantage: torch.Tensor, step: int, cfg,
         whole = order[first : first + cfg.minibatch_size].tolist()
         weight[whole] = torch.tensor(token_weights([length[i] for i in whole], cfg))
         kept = [i for i in whole if advantage[i] or not skips]
+        # neighbours together, so that no group is torn apart for the ranks
         mine = np.array_split(np.array(kept, dtype=int), processes.world)[processes.rank].tolist()
         mine.sort(key=length.__getitem__)  # little padding in a micro-batch
         size = cfg.micro_batch_size

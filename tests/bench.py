@@ -227,8 +227,9 @@ def rl(argv: list[str]) -> None:
         found = sorted(step[name] for step in steps[1:])
         rows[name] = f"{found[0]:.2f} s (median {found[len(found) // 2]:.2f})"
     try:
-        theirs = sorted(trl_seconds(cfg, base, [ids for _, ids in pairs[:: cfg.group_size]]))
-        rows["TRL's total"] = f"{theirs[0]:.2f} s (median {theirs[len(theirs) // 2]:.2f})"
+        if processes.world == 1:
+            theirs = sorted(trl_seconds(cfg, base, [ids for _, ids in pairs[:: cfg.group_size]]))
+            rows["TRL's total"] = f"{theirs[0]:.2f} s (median {theirs[len(theirs) // 2]:.2f})"
     except ImportError:
         pass
     threads = torch.get_num_threads()
@@ -260,7 +261,7 @@ def trl_seconds(cfg, gpt: GPT, prompts: list[list[int]]) -> list[float]:
             ends.append(time.perf_counter())
 
     asked = [{"prompt": " ".join(f"w{n}" for n in ids)} for ids in prompts]
-    rollout, micro = len(prompts) * cfg.group_size, cfg.micro_batch_size
+    rollout, micro = len(prompts) * cfg.group_size, min(cfg.micro_batch_size, cfg.minibatch_size)
     updates = rollout // cfg.minibatch_size
     with tempfile.TemporaryDirectory() as folder:
         llama.save_pretrained(folder)  # its trainer reads policy and reference from there

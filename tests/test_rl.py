@@ -97,7 +97,7 @@ def batch_of(rollout, rows=None, advantage=None) -> Batch:
     return rl.make_batch(rollout, rows, advantage, weight, CPU.device)
 
 
-def losses_of(**given) -> Batch:
+def loss_batch(**given) -> Batch:
     """A batch of nothing but what a loss reads."""
     return Batch(**{field.name: given.get(field.name) for field in dataclasses.fields(Batch)})
 
@@ -345,7 +345,7 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_in_the_loss_none():
     in_loss = torch.autograd.grad((p * (logp - ref_logp)).sum(), logits, retain_graph=True)[0]
     assert in_loss.abs().max() < 1e-12 < kl_gradient.abs().max()
     # each token is a completion of its own, with its probability as weight
-    batch = losses_of(mask=torch.ones(3, 1, dtype=torch.bool), reward=torch.zeros(3),
+    batch = loss_batch(mask=torch.ones(3, 1, dtype=torch.bool), reward=torch.zeros(3),
                       old_logp=logp.detach()[:, None], ref_logp=ref_logp[:, None])  # fmt: skip
     batch.advantage = rl.token_rewards(batch, Config(kl_coef=1.0))
     loss = (p[:, None] * rl.clipped_loss(batch, logp[:, None], Config())).sum()
@@ -363,7 +363,7 @@ def test_in_the_loss_k2_has_the_gradient_of_the_kl_and_k3_that_of_the_reverse_kl
     exact = {"k2": (logp.exp() * (logp - ref_logp)).sum(),
              "k3": (ref_logp.exp() * (ref_logp - logp)).sum()}[kind]  # fmt: skip
     (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    batch = losses_of(ref_logp=ref_logp[:, None])
+    batch = loss_batch(ref_logp=ref_logp[:, None])
     cfg = Config(kl_in="loss", kl_estimator=kind, kl_coef=0.5)
     loss = (logp.detach().exp()[:, None] * rl.kl_loss(batch, logp[:, None], cfg)).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], 0.5 * expected)
@@ -376,7 +376,7 @@ def test_on_policy_every_loss_has_the_policy_gradient_by_enumeration(algo):
     reward = torch.tensor([1.0, 0.0, 0.2], dtype=torch.float64)
     logp = logits.log_softmax(0)
     (expected,) = torch.autograd.grad((logp.exp() * reward).sum(), logits, retain_graph=True)
-    batch = losses_of(advantage=reward[:, None], old_logp=logp.detach()[:, None])
+    batch = loss_batch(advantage=reward[:, None], old_logp=logp.detach()[:, None])
     token_loss = rl.ALGORITHMS[algo].loss(batch, logp[:, None], Config(kl_coef=0.0))
     (found,) = torch.autograd.grad((logp.detach().exp()[:, None] * token_loss).sum(), logits)
     torch.testing.assert_close(-found, expected)
@@ -400,7 +400,7 @@ def test_the_loss_has_one_normaliser(norm, weights):
 def test_the_ratio_is_clipped_only_where_that_limits_the_gain(algo):
     new = torch.tensor([[0.5, -0.5, 0.5, -0.5]], requires_grad=True)
     advantage = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-    batch = losses_of(advantage=advantage, old_logp=torch.zeros(1, 4))
+    batch = loss_batch(advantage=advantage, old_logp=torch.zeros(1, 4))
     rl.ALGORITHMS[algo].loss(batch, new, Config(kl_coef=0.0)).sum().backward()
     assert [g == 0 for g in new.grad[0].tolist()] == [True, False, False, True]
 
@@ -545,7 +545,7 @@ def learned(processes=CPU, layers=2, **changes) -> tuple[list, dict]:
     """Weights and metrics after the updates of a rollout of 12, in two epochs."""
     cfg = Config(**{"group_size": 4, "micro_batch_size": 2, "epochs": 2, "kl_coef": 0.1,
                     "learning_rate": 1e-3, "critic_learning_rate": 1e-3, **changes})  # fmt: skip
-    gpt = make_gpt(layers=layers).double()  # Adam makes much of what rounding leaves of a gradient of zero
+    gpt = make_gpt(layers=layers).double()  # Adam makes much of rounding where a gradient is 0
     policy = Trainer(Policy(gpt, 1.0), cfg.learning_rate, cfg, processes)
     critic = (
         Trainer(Critic(gpt), cfg.critic_learning_rate, cfg, processes)
