@@ -8,6 +8,7 @@ unless it holds the answer; every rank holds the whole rollout (ids are small), 
 statistic depends on their number.
 """
 
+import collections
 import copy
 import dataclasses
 import json
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pretrain import (  # first: it sets how threads wait, which torch reads when it is imported
-    Run, autocast, check_ranges, compiled, fingerprint, launch, load_model, model_state, save,
-    schedule, setup_distributed)
+    Run, autocast, check_ranges, compiled, launch, load_model, model_state, save, schedule,
+    setup_distributed)
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class Config:
     save_every: int = 6  # steps between checkpoints
     log_every: int = 1  # steps between metric rows
     seed: int = 0  # of the order of questions and of every sample
-    device: str = "auto"  # auto: cuda where there is one, else cpu
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda
     compile: bool = False  # torch.compile of the policy's updates; needs a C++ compiler
 
@@ -569,6 +570,28 @@ def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
     (folder / "echo.tmp").replace(folder / "echo.png")
 
 
+def optimal_shares(samples: list[dict], beta: float) -> dict[str, dict[str, float]]:
+    """The shares of the formats, by samples (place, format, reward) of the base, under two optima
+    of E[r] - beta KL(pi, base): the "full tilt" over all policies, base e^{r / beta} question by
+    question (arXiv 2510.20817), and the best "re-weighting" that keeps each format's own answers.
+    """
+    by_question, by_format = collections.defaultdict(list), collections.defaultdict(list)
+    for sample in samples:
+        by_question[sample["place"]].append(sample)
+        by_format[sample["format"]].append(sample["reward"])
+    tilt, reweighed = collections.Counter(), {}
+    for group in by_question.values():
+        most = max(sample["reward"] for sample in group)  # e^{(r - most) / beta} never overflows
+        weights = [math.exp((sample["reward"] - most) / beta) for sample in group]
+        for sample, weight in zip(group, weights):
+            tilt[sample["format"]] += weight / sum(weights) / len(by_question)
+    best = max(np.mean(rewards) for rewards in by_format.values())
+    for name, rewards in by_format.items():
+        reweighed[name] = len(rewards) * math.exp((np.mean(rewards) - best) / beta)
+    total = sum(reweighed.values())
+    return {"full tilt": dict(tilt), "re-weighting": {n: w / total for n, w in reweighed.items()}}
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -596,13 +619,14 @@ def main(cfg: Config) -> dict:
         raise UserError(f"no question fits: a context of {room} tokens less --max_new_tokens="
                         f"{cfg.max_new_tokens} is too little, lower it or pretrain with a longer "
                         "--context")
-    inputs = {"base": fingerprint(base), "train questions": fingerprint(train_set),
-              "test questions": fingerprint(test_set)}
+    inputs = {"base": base, "train questions": train_set, "test questions": test_set}
     # on a CPU a token waits for the cache, and in bfloat16 that was read no faster
     context = autocast(cfg.dtype, processes.device, amx=False)
     policy = Trainer(Policy(copy.deepcopy(base), cfg.temperature), cfg.learning_rate, cfg)
     critic = cfg.algo == "ppo" and Trainer(Critic(base), cfg.critic_learning_rate, cfg)
     model, reference = policy.module.gpt, Policy(base, cfg.temperature)
+    if cfg.compile:  # dynamic: no two batches have the same shape
+        policy.called = compiled(policy.module, processes.device, dynamic=True)
     parts = {"model": model, "optimizer": policy.optimizer}
     if critic:
         parts |= {"critic": critic.module, "critic_optimizer": critic.optimizer}
