@@ -27,18 +27,9 @@ def parse_mix(mix: str) -> tuple[dict[str, float], bool]:
     if len(amounts) < len(entries) or not all(0 <= a < np.inf for a in amounts.values()):
         raise UserError(f"--mix={mix} should read NAME:PASSES,... or NAME:PERCENT%,..., not both: "
                         "each corpus once, with an amount of 0 or more")
-    total = sum(amounts.values())
-    if shares and abs(total - 100) > 1e-7:
-        raise UserError(f"--mix={mix}: the percents sum to {total:g}, not to 100")
+    if shares and abs(sum(amounts.values()) - 100) > 1e-7:
+        raise UserError(f"--mix={mix}: the percents sum to {sum(amounts.values()):g}, not to 100")
     return {name: a / (100 if shares else 1) for name, a in amounts.items()}, shares
-
-
-def count_blocks(amounts: dict, shares: bool, available: dict, budget: int) -> dict[str, int]:
-    """Blocks to take of each corpus: passes x available, or shares of `budget` to one block."""
-    if not shares:
-        return {name: round(passes * available[name]) for name, passes in amounts.items()}
-    ends = np.round(np.cumsum([0, *amounts.values()]) * budget)  # so they sum to the budget
-    return dict(zip(amounts, map(int, np.diff(ends))))
 
 
 class Mixture:
@@ -63,7 +54,12 @@ class Mixture:
             self.available[name] = blocks - self.held[name]
             if self.held[name] == 0:
                 raise UserError(f"corpus {name} has fewer than two blocks of {context} tokens")
-        self.counts = count_blocks(amounts, shares, self.available, int(tokens) // context)
+        if shares:  # of the budget, each to one block: the ends are rounded, so that they add up
+            ends = np.round(np.cumsum([0, *amounts.values()]) * (int(tokens) // context))
+            self.counts = dict(zip(amounts, map(int, np.diff(ends))))
+        else:
+            self.counts = {name: round(passes * self.available[name])
+                           for name, passes in amounts.items()}
         self.total = sum(self.counts.values())
         if self.total == 0:
             raise UserError(f"--mix={mix} --tokens={tokens:g} holds not one block of {context}")

@@ -7,7 +7,6 @@ calls `prepare` on one rank.
 """
 
 import argparse
-import functools
 import hashlib
 import io
 import itertools
@@ -59,8 +58,7 @@ def find_files(pattern: str, hub: str) -> list[str]:
 
 
 def read_chunks(file: str, fields: list[str]) -> Iterator[list]:
-    """Lists of the rows of a file (or of an embedded corpus, by its name): dicts, or lines of JSON
-    in bytes, so that a bad one costs no other.
+    """Lists of the rows of a file (or of an embedded corpus, by its name): dicts, or lines of JSON.
 
     `datasets` would give up a file of JSON for one bad row, and take half a .zst for a whole one.
     """
@@ -86,9 +84,10 @@ def read_chunks(file: str, fields: list[str]) -> Iterator[list]:
             yield [line for line in lines if not line.isspace()]
 
 
-def write(path: Path, meta: dict, files: list[str], function, fields, workers: int) -> None:
+def write(path: Path, meta: dict, files: list[str], fields, tokenizer: str, workers: int) -> None:
     """Appends the ids of those `files` that are not done. The .json tells of whole files alone."""
     file = "its folder"  # or what else an error is about
+    others = itertools.repeat(fields), itertools.repeat(tokenizer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(desc=path.stem, total=len(files), initial=meta["done"], disable=None)
@@ -103,7 +102,7 @@ def write(path: Path, meta: dict, files: list[str], function, fields, workers: i
                 chunks = read_chunks(file, fields)
                 while group := list(itertools.islice(chunks, 4 * workers)):
                     # threads, for tiktoken lets them run beside each other
-                    for ids, texts, skipped in pool.map(function, group):
+                    for ids, texts, skipped in pool.map(tokenize, group, *others):
                         out.write(ids)
                         meta["tokens"] += len(ids) // 2
                         meta["documents"] += texts
@@ -119,12 +118,10 @@ def write(path: Path, meta: dict, files: list[str], function, fields, workers: i
                         "mended, the same command continues") from None
 
 
-def prepare(name: str, tokenizer: str, folder: str | Path, hub: str = "", shards: int = 0,
-            workers: int = 0) -> Path:
+def prepare(name: str, tokenizer: str, folder, hub="", shards=0, workers=0) -> Path:
     """Makes the token file of a corpus where it is missing, stale or unfinished; returns its path.
 
-    hub: a mirror's folder, "" for the hub; shards: files to read, 0 for as many as the token file
-    was begun with, or all; workers: threads, 0 for one a core.
+    shards: files to read, 0 for as many as it was begun with, or all; the others as in `main`.
     """
     if name not in CORPORA and not toy.VARIANT.fullmatch(name):
         raise UserError(f"unknown corpus {name!r}: choose from {', '.join(NAMES)}, or a variant "
@@ -146,8 +143,7 @@ def prepare(name: str, tokenizer: str, folder: str | Path, hub: str = "", shards
     if names[:done] != meta["files"][:done]:
         raise UserError(f"{path} was begun with other files, or more: delete it to start afresh")
     meta.update(files=names, of=len(files), sha256="")
-    function = functools.partial(tokenize, fields=fields, tokenizer=tokenizer)
-    write(path, meta, chosen, function, fields, workers or cores())
+    write(path, meta, chosen, fields, tokenizer, workers or cores())
     if not meta["tokens"]:
         raise UserError(f"{path} would be empty: no row has text under {' and '.join(fields)}")
     with open(path, "rb") as file:  # a run names what it has read

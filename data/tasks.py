@@ -1,6 +1,4 @@
-"""Question sets with a verifiable answer: embedded, from the hub or a mirror of it, or from a local
-file, .jsonl or .json, also .gz.
-"""
+"""Question sets with a verifiable answer: embedded, from the hub or a mirror, or a local file."""
 
 import itertools
 import os
@@ -27,6 +25,11 @@ class Question(NamedTuple):
     question: str
     gold: str
 
+    @property
+    def wording(self) -> str:
+        """What makes two questions equal, whatever their ids, golds and blanks."""
+        return " ".join(self.question.split())
+
 
 def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list[Question]:
     """The questions of a task's split ("train" or "test"), from `file` where one is given.
@@ -38,9 +41,12 @@ def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list
     try:
         if file:
             rows = list(read_rows(file))
+        elif task in TOY_STEPS:
+            stream = toy.problems(split, seed=1000, steps=TOY_STEPS[task])  # no author has the seed
+            drawn = itertools.islice(stream, TOY_SIZE[split])
+            rows = enumerate([{"question": p.question, "answer": p.values[-1]} for p in drawn], 1)
         else:
-            rows = enumerate(toy_rows(task, split) if task in TOY_STEPS else
-                             hub_rows(task, split, hub), 1)
+            rows = enumerate(hub_rows(task, split, hub), 1)
     except ValueError as error:
         raise UserError(str(error)) from None
     questions = [row_to_question(row, f"{task}-{split}-{i}", f"{file or task}, line {number}")
@@ -48,12 +54,6 @@ def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list
     if not questions:
         raise UserError(f"{file or task} holds no question")
     return questions
-
-
-def toy_rows(task: str, split: str) -> list[dict]:
-    stream = toy.problems(split, seed=1000, steps=TOY_STEPS[task])  # a seed that no author has
-    return [{"question": problem.question, "answer": problem.values[-1]}
-            for problem in itertools.islice(stream, TOY_SIZE[split])]
 
 
 def hub_rows(task: str, split: str, hub: str) -> list[dict]:
@@ -73,16 +73,14 @@ def hub_rows(task: str, split: str, hub: str) -> list[dict]:
 
 
 def row_to_question(row: dict | str, default_id: str, place: str) -> Question:
-    """Question and gold by the names in use. Raises UserError where a row has none, or is itself a
-    sentence on what is wrong with it.
-    """
-    if isinstance(row, str):
+    """Question and gold by the names in use. Raises UserError where a row does not have them."""
+    if isinstance(row, str):  # a sentence on what is wrong with it
         raise UserError(f"{place}: {row}")
     fields = {key.lower(): value for key, value in row.items()}
     question = fields.get("question", fields.get("problem"))
     key = next((key for key in ("answer", "gold", "solution") if key in fields), "")
     try:
-        if not isinstance(question, (str, int, float)) or not str(question).strip() or not key:
+        if type(question) not in (str, int, float) or not str(question).strip() or not key:
             raise ValueError("a row needs a question (or problem) and an answer (gold, solution)")
         gold = gold_answer(fields[key])
         if key == "solution" and gold == str(fields[key]).strip():
@@ -92,38 +90,33 @@ def row_to_question(row: dict | str, default_id: str, place: str) -> Question:
     return Question(str(fields.get("id", default_id)), str(question), gold)
 
 
-def load_run_questions(task: str, eval_task: str, questions: str, eval_questions: str,
-                       hub: str) -> tuple[list[Question], list[Question]]:
-    """The questions that a run learns from, and those that it is evaluated on.
+def load_run_questions(task: str, eval_task: str, questions: str, eval_questions: str, hub: str):
+    """Two lists of Question: those that a run learns from, and those that it is evaluated on.
 
     Of a file `questions` a tenth, at most 256, is held out where nothing else is named; equal
     questions fall on one side. Rank 0 says how many are equal.
     """
     train = load_questions(task, "train", hub, questions)
-    texts = [" ".join(q.question.split()) for q in train]
+    distinct = list(dict.fromkeys(q.wording for q in train))
     if not questions or eval_task or eval_questions:
-        test = load_questions(eval_task or task, "test", hub, eval_questions)
-        equal = sum(" ".join(q.question.split()) in set(texts) for q in test)
+        test, known = load_questions(eval_task or task, "test", hub, eval_questions), set(distinct)
+        equal = sum(q.wording in known for q in test)
         note = f"{equal} of {len(test)} questions to evaluate on are learnt from, too"
     else:
-        distinct = list(dict.fromkeys(texts))
         if len(distinct) == 1:
             raise UserError(f"{questions} holds one question, of which none can be held out: give "
                             "more, or --eval_task or --eval_questions")
         held = set(distinct[-min(256, max(1, len(distinct) // 10)) :])
-        test = [q for q, text in zip(train, texts) if text in held]
-        train = [q for q, text in zip(train, texts) if text not in held]
-        equal = len(texts) - len(distinct)
-        note = f"{equal} of {len(texts)} questions equal an earlier one: no two of them are parted"
+        equal = len(train) - len(distinct)
+        note = f"{equal} of {len(train)} questions equal an earlier one: no two of them are parted"
+        test = [q for q in train if q.wording in held]
+        train = [q for q in train if q.wording not in held]
     if equal and os.environ.get("RANK", "0") == "0":
         print(f"note: {note}", flush=True)
     return train, test
 
 
-def fitting(questions: list[Question], encoding, context: int,
-            room: int) -> list[tuple[Question, list[int]]]:
-    """Each question with its prompt's ids, but for those that leave less than `room` tokens of
-    the context.
-    """
+def fitting(questions: list[Question], encoding, context: int, room: int) -> list[tuple]:
+    """(question, ids of its prompt) of each where these leave `room` tokens of the context."""
     pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
     return [(q, ids) for q, ids in pairs if len(ids) + room <= context]

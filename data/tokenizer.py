@@ -1,5 +1,5 @@
-"""Tokenizers, both tiktoken.Encoding: "toy", shipped beside this file, and "gpt2" with single
-digits. `python tests/train_tokenizer.py` made the toy's vocabulary from the embedded corpora.
+"""Tokenizers, both tiktoken.Encoding: "gpt2" with single digits, and "toy", whose vocabulary
+`python tests/train_tokenizer.py` makes from the embedded corpora.
 """
 
 import base64
@@ -48,7 +48,5 @@ def gpt2_ranks() -> dict[bytes, int]:
     except (OSError, ValueError):  # ValueError: a file with another hash
         name = hashlib.sha1(GPT2_URL.encode()).hexdigest()
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", "a folder named by TIKTOKEN_CACHE_DIR")
-        raise UserError(
-            f"the GPT-2 vocabulary could not be loaded: offline, save {GPT2_URL} as {name} in "
-            f"{folder}"
-        ) from None
+        raise UserError(f"the GPT-2 vocabulary could not be loaded: offline, save {GPT2_URL} as "
+                        f"{name} in {folder}") from None

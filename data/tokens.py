@@ -1,6 +1,4 @@
-"""A token file, NAME.bin: the uint16 ids of a corpus, an end-of-text token behind every document.
-Beside it NAME.json: what is in it, and how far it got.
-"""
+"""Token files: NAME.bin, uint16 ids with an end-of-text token behind each document; NAME.json."""
 
 import json
 import os
@@ -28,18 +26,18 @@ def row_text(row: bytes | dict, fields: list[str]) -> str:
 
 def tokenize(rows: list, fields: list[str], tokenizer: str) -> tuple[bytes, int, int]:
     """The ids of the rows' texts, each with its end-of-text token; rows with and without a text."""
-    encoding, parts, texts = get_tokenizer(tokenizer), [], 0
+    encoding, parts = get_tokenizer(tokenizer), []
     assert encoding.n_vocab <= 1 << 16, f"{tokenizer} has ids beyond uint16"
-    for text in filter(None, (row_text(row, fields) for row in rows)):
+    texts = [text for text in (row_text(row, fields) for row in rows) if text]
+    for text in texts:
         for start in range(0, len(text), LONGEST):
             piece = text[start : start + LONGEST]
             # to an array: making a list would hold up the other threads; <|endoftext|> in a text
             # is spelt out, never the special token
             parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))
         parts.append([encoding.eot_token])
-        texts += 1
     ids = np.concatenate(parts) if parts else np.zeros(0)
-    return ids.astype(np.uint16).tobytes(), texts, len(rows) - texts
+    return ids.astype(np.uint16).tobytes(), len(texts), len(rows) - len(texts)
 
 
 def read_meta(path: Path) -> dict:
@@ -61,18 +59,17 @@ def save_meta(path: Path, meta: dict) -> None:
 def summary(path: Path) -> str:
     """One line of what is in a token file, and of how many rows are not."""
     meta = read_meta(path)
+    skipped = f"; {meta['skipped']:,} rows without text skipped" if meta["skipped"] else ""
     return (f"{path}: {meta['tokens']:,} tokens, {meta['documents']:,} documents, "
-            f"{meta['done']} of {meta['of']} files, {meta['skipped']:,} rows without text skipped")
+            f"{meta['done']} of {meta['of']} files{skipped}")
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """The ids of a token file, memory-mapped. Raises UserError where they are not all there.
-
-    Only the size is compared: a checksum takes minutes for 80 GB.
-    """
+    """The ids of a token file, memory-mapped. Raises UserError where they are not all there."""
     meta = read_meta(path)
     if not meta.get("sha256"):
         raise UserError(f"{path} is not finished: the command that began it continues")
+    # not by its checksum, which takes minutes for 80 GB
     if not path.exists() or path.stat().st_size != 2 * meta["tokens"]:
         raise UserError(f"{path} is damaged: delete it, and it is made again")
     return np.memmap(path, dtype=np.uint16, mode="r")

@@ -6,9 +6,8 @@ toy-tinygsm a Python function, toy-omi1 an <llm-code> block with its output, toy
 Everything is a function of its seed.
 
 The authors err, and a corpus's name can say how: in `toy-omi1@slips=20@div=sub` a number is misread
-in 20% of the documents (noise, which RL can sharpen away), and every division is taken for a
-subtraction (a misconception, of which no sampling is free). Variants tell the same stories in the
-same order and words: only the solutions differ.
+in 20% of the documents (noise, which RL can sharpen away), and each division is taken for a
+subtraction (a misconception, which it cannot). Variants tell the same stories in the same order.
 """
 
 import itertools
@@ -46,8 +45,9 @@ LARGEST = 99  # no value that a story leads to exceeds it; that of an error may
 SLIPS = {"toy-tinygsm": 0, "toy-omi1": 40, "toy-omi2": 50}
 AUTHORS = tuple(SLIPS)
 OPERATIONS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-VARIANT = re.compile("({0})(?:@slips=(100|[0-9]{{1,2}}))?((?:@(?:{1})=(?:{1}))*)".format(
-    "|".join(AUTHORS), "|".join(OPERATIONS)))
+ANY = "|".join(OPERATIONS)
+VARIANT = re.compile(
+    rf"({'|'.join(AUTHORS)})(?:@slips=(100|[0-9][0-9]?))?((?:@(?:{ANY})=(?:{ANY}))*)")
 
 
 class Problem(NamedTuple):

@@ -15,6 +15,7 @@ from data.tokenizer import TOY_PATTERN, TOY_RANKS  # noqa: E402
 from data.toy import AUTHORS, corpus  # noqa: E402
 
 SIZE = 895  # tokens at most, and one for the end of a text
+DOCUMENTS = 5000  # of each author: more would hold few other pieces
 
 
 def train_bpe(texts, pattern: str, size: int) -> dict[bytes, int]:
@@ -51,7 +52,7 @@ def merge(word: tuple, pair: tuple) -> tuple:
 
 def train() -> str:
     """The content of data/toy.tiktoken."""
-    texts = (text for name in AUTHORS for text in corpus(name))
+    texts = (text for name in AUTHORS for text in corpus(name, DOCUMENTS))
     ranks = train_bpe(texts, TOY_PATTERN, SIZE)
     return "".join(f"{base64.b64encode(token).decode()} {n}\n" for token, n in ranks.items())
 
