@@ -25,7 +25,9 @@ from data.tokenizer import EOT, get_tokenizer
 from train_tokenizer import train, train_bpe
 from verify import score_batch
 
-# ---------------------------------------------------------------- the embedded corpora
+ALGEBRAIC = "EleutherAI/proof-pile-2/algebraic-stack/train"
+OMI1 = "nvidia/OpenMathInstruct-1/correct_solutions/train.jsonl"
+T = 8  # tokens of a block in the tests of mixtures
 
 
 def draw(split, seed, steps, count):
@@ -43,6 +45,9 @@ def test_train_and_test_problems_are_disjoint_by_their_arithmetic():
     tested = {p.chain for p in draw("test", 1000, (1, 3), 2000)}
     assert len(tested) > 500 and not trained & tested
     assert {len(chain) - 1 for chain in trained} == {1, 2, 3}
+    questions = [{q.wording for q in load_questions("toy", split)} for split in ("train", "test")]
+    assert len(questions[0]) > 3500 and len(questions[1]) > 200 and not set.intersection(*questions)
+    assert len(load_questions("toy-hard", "test")) == 256
 
 
 @pytest.mark.parametrize("write, name", [
@@ -75,14 +80,11 @@ def test_a_misconception_is_made_always_and_only_where_its_operation_is_told():
         assert b.count("-=") + b.count(" - ") == told.count("-") + told.count("/")
 
 
-@pytest.mark.parametrize("name", ["tiny", "toy-omi1@slip=3", "toy-omi1@slips=101", "omi1@slips=3",
-                                  "toy-omi1@div=half", "toy-omi1@", "toy-omi1@div=sub@slips=3"])
+@pytest.mark.parametrize("name", [
+    "tiny", "toy-omi1@slips=101", "omi1@slips=3", "toy-omi1@div=half", "toy-omi1@div=sub@slips=3"])
 def test_a_corpus_that_does_not_exist_is_refused_with_the_names_of_the_others(name, tmp_path):
     with pytest.raises(UserError, match=f"unknown corpus '{name}': .* toy-omi1, .*@div=sub"):
         prepare.prepare(name, "toy", tmp_path)
-
-
-# ---------------------------------------------------------------- tokenizers
 
 
 def test_training_the_toy_vocabulary_again_gives_the_shipped_file():
@@ -101,8 +103,7 @@ def test_gpt2_has_its_ranks_and_single_digits(shared, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes((shared / "gpt2.tiktoken").read_bytes())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     encoding = get_tokenizer.__wrapped__("gpt2")
-    assert encoding.n_vocab == 50257 and encoding.eot_token == 50256
-    assert encoding.encode_ordinary("Hello world") == [15496, 995]
+    assert encoding.eot_token == 50256 and encoding.encode_ordinary("Hello") == [15496]
     assert len(encoding.encode_ordinary("x 123")) == 5
 
 
@@ -111,12 +112,6 @@ def test_a_missing_gpt2_vocabulary_names_the_file_to_save(tmp_path, monkeypatch)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=f"save https.* as [0-9a-f]{{40}} in {tmp_path}"):
         get_tokenizer.__wrapped__("gpt2")
-
-
-# ---------------------------------------------------------------- token files
-
-ALGEBRAIC = "EleutherAI/proof-pile-2/algebraic-stack/train"
-OMI1 = "nvidia/OpenMathInstruct-1/correct_solutions/train.jsonl"
 
 
 def put(path: Path, rows) -> Path:
@@ -172,10 +167,9 @@ def both(path: Path) -> list[bytes]:
 
 @pytest.mark.parametrize("name", CORPORA)
 def test_every_corpus_of_the_hub_becomes_its_documents_in_their_order(name, mirror, tmp_path):
-    source, texts = mirror
-    path = make(name, tmp_path, source)
-    assert documents(path) == texts[name] and len(texts[name]) in (60, 180)
-    assert tokens.read_meta(path)["documents"] == len(texts[name])
+    path = make(name, tmp_path, mirror[0])
+    assert documents(path) == mirror[1][name]
+    assert tokens.read_meta(path)["documents"] == len(mirror[1][name]) in (60, 180)
 
 
 def test_irregular_rows_are_counted_said_and_never_fatal(tmp_path, capsys):
@@ -190,11 +184,10 @@ def test_irregular_rows_are_counted_said_and_never_fatal(tmp_path, capsys):
     assert "3 documents, 1 of 1 files; 10 rows without text skipped" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- killed, damaged, made in parts
-
 KILLED = """
 import os, signal, sys
 from data import prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # not inherited from a shell's &
 before, calls = {where}, []
 def call(*args):
     calls.append(args)
@@ -209,8 +202,7 @@ prepare.main(sys.argv[1:])
 @pytest.mark.parametrize("where, how", [
     ("os.fsync", "SIGKILL"),  # ids are written that the .json does not know yet
     ("prepare.save_meta", "SIGKILL"), ("prepare.tokenize", "SIGTERM"), ("os.fsync", "SIGINT")])
-def test_a_kill_leaves_no_trace_in_the_files_that_the_next_run_ends_with(
-        where, how, mirror, tmp_path, monkeypatch):
+def test_a_kill_leaves_no_trace_in_what_comes_after(where, how, mirror, tmp_path, monkeypatch):
     flags = ["tinygsm", f"--hub={mirror[0]}", f"--data_dir={tmp_path}", "--workers=2"]
     script = KILLED.format(where=where, how=how)
     run = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True)
@@ -228,8 +220,7 @@ def test_a_kill_leaves_no_trace_in_the_files_that_the_next_run_ends_with(
 @pytest.mark.parametrize("name, file", [
     ("tinygsm", "TinyGSM/TinyGSM/data/1.parquet"), ("algebraic-stack", ALGEBRAIC + "/1.jsonl.zst"),
     ("mmqa", "meta-math/MetaMathQA/MetaMathQA-395K.json"), ("omi1", OMI1 + ".gz")])
-def test_a_damaged_file_is_named_and_once_mended_the_same_command_continues(
-        name, file, tmp_path, monkeypatch):
+def test_a_damaged_file_is_named_and_once_mended_continues(name, file, tmp_path, monkeypatch):
     monkeypatch.setitem(CORPORA, name, CORPORA[name].replace("train.jsonl ", "train.jsonl.gz "))
     rows = [{f: os.urandom(300).hex() for f in CORPORA[name].split()[1:]} for _ in range(30)]
     whole = put(tmp_path / file, rows).read_bytes()
@@ -254,8 +245,7 @@ def test_a_part_of_a_corpus_is_a_prefix_of_it_and_grows(mirror, tmp_path):
             make("tinygsm", tmp_path, mirror[0], "--shards=2")
 
 
-def test_one_process_makes_a_file_and_a_system_without_locks_does_without(
-        mirror, tmp_path, monkeypatch):
+def test_one_process_makes_a_file_where_there_are_locks(mirror, tmp_path, monkeypatch):
     with open(tmp_path / "gsm8k-toy.bin", "ab") as file:
         assert data.lock(file)
         with pytest.raises(UserError, match="another process is making the file"):
@@ -286,8 +276,7 @@ def test_a_corpus_without_any_text_or_out_of_reach_is_a_sentence(tmp_path):
         make("omi1", tmp_path, "/nowhere")
 
 
-def test_the_command_with_two_threads_writes_the_bytes_of_one_and_ends_with_2_on_a_mistake(
-        mirror, tmp_path):
+def test_the_command_with_two_threads_writes_the_bytes_of_one_and_ends_with_2(mirror, tmp_path):
     def command(*words):
         words = sys.executable, "-m", "data.prepare", f"--data_dir={tmp_path}", *words
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -299,11 +288,6 @@ def test_the_command_with_two_threads_writes_the_bytes_of_one_and_ends_with_2_on
     for flag in ("--shard=1", "--shards=-1"):
         run = command("gsm8k", flag)
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
-
-
-# ---------------------------------------------------------------- mixtures
-
-T = 8
 
 
 def mixture(mix, budget=0.0, seed=0, **blocks):
@@ -323,17 +307,20 @@ def test_passes_are_exact_and_each_holds_every_block_once_in_an_order_of_its_own
     seen = read(mixture("a:2,b:1,c:0.5", a=50, b=60, c=80))
     for name, blocks, passes in (("a", 34, 2), ("b", 44, 1), ("c", 64, 0.5)):
         counts = np.bincount([block for n, block in seen if n == name], minlength=blocks)
-        assert (len(counts), counts.sum(), counts.max()) == (blocks, blocks * passes, max(1, passes))
+        assert len(counts) == blocks and counts.sum() == blocks * passes
+        assert counts.max() == max(1, passes)
     order = [block for n, block in seen if n == "a"]
     assert sorted(order[:34]) == sorted(order[34:]) == list(range(34)) and order[:34] != order[34:]
 
 
 @pytest.mark.parametrize("mix", ["a:100%", "a:30%,b:70%", "a:33.3%,b:33.3%,c:33.4%", "a:0%,b:100%"])
-def test_shares_are_exact_to_one_block(mix):
+def test_shares_are_exact_to_one_block_and_to_about_one_after_every_batch(mix):
     wanted, _ = parse_mix(mix)
     seen = [name for name, _ in read(mixture(mix, 101 * T, **dict.fromkeys(wanted, 60)))]
     assert len(seen) == 101
-    assert all(abs(seen.count(name) - share * 101) < 1 for name, share in wanted.items())
+    for name, share in wanted.items():
+        assert abs(seen.count(name) - share * 101) < 1
+        assert all(abs(seen[:n].count(name) - share * n) < 2 for n in range(0, 101, 4))
 
 
 def test_mixtures_of_one_seed_share_prefixes_of_the_same_block_order():
@@ -348,25 +335,14 @@ def test_mixtures_of_one_seed_share_prefixes_of_the_same_block_order():
     assert large not in (blocks("a:90%,b:10%", 60 * T, 1), blocks("b:90%,a:10%", 60 * T, name="b"))
 
 
-def test_a_control_of_0_percent_changes_nothing_but_is_still_evaluated():
-    control = mixture("a:0%,b:100%", 60 * T, a=50, b=50)
-    assert read(control) == read(mixture("b:100%", 60 * T, b=50))
-    assert len(control.held_out("a")) == 16
-
-
-def test_every_batch_has_the_shares_of_the_mixture_to_about_a_block():
-    m = mixture("a:50%,b:25%,c:25%", 160 * T, a=60, b=60, c=60)
-    for step in range(m.steps):
-        names = [int(row[0]) % 10 for row in m.batch(step)]
-        assert names.count(0) == 2 and 0 <= names.count(1) <= 2
-
-
 def test_the_last_batch_is_padded_and_the_held_out_tail_is_in_none():
     m = mixture("a:3", a=50)
     last, held = m.batch(m.steps - 1), {int(row[0]) // 10 for row in m.held_out("a")}
     assert m.steps == 26 and (last[:2] >= 0).all() and (last[2:] == -1).all()
     assert len(held) == 16 and not held & {block for _, block in read(m)}
     assert (mixture("a:3", a=50).batch(5) == m.batch(5)).all()  # a batch depends on its step alone
+    control = mixture("a:0%,b:100%", 60 * T, a=50, b=50)  # 0% changes nothing, but is evaluated
+    assert read(control) == read(mixture("b:100%", 60 * T, b=50)) and len(control.held_out("a"))
 
 
 @pytest.mark.parametrize("mix, budget, message", [
@@ -388,16 +364,6 @@ def test_the_manifest_names_what_was_read_and_the_errors_of_its_authors(data_dir
     assert first["sha256"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
 
 
-# ---------------------------------------------------------------- questions
-
-
-def test_the_embedded_questions_are_many_and_unseen(data_dir):
-    train, test = load_questions("toy", "train"), load_questions("toy", "test")
-    assert len(train) == 4096 and len(test) == len(load_questions("toy-hard", "test")) == 256
-    told = "".join(documents(prepare.prepare("toy-omi2", "toy", data_dir)))
-    assert not any(q.question in told for q in test) and not set(train) & set(test)
-
-
 @pytest.mark.parametrize("task, file, count, gold", [
     ("gsm8k", "gsm8k_train.jsonl", 7473, "72"), ("aime24", "aime24.jsonl", 30, "204"),
     ("math500", "math500_test.json", 500, "\\left( 3, \\frac{\\pi}{2} \\right)")])
@@ -407,13 +373,14 @@ def test_real_question_sets_load_from_a_local_file(shared, task, file, count, go
 
 
 def test_question_sets_load_from_a_mirror_of_the_hub_in_its_own_file_types(tmp_path):
-    put(tmp_path / "openai/gsm8k/main/train-00000.parquet",
-        [{"question": "1 + 1?", "answer": "So <<1+1=2>>2\n#### 2"}])
-    put(tmp_path / "DigitalLearningGmbH/MATH-lighteval/data/test-00000.parquet",
-        [{"problem": "2 + 1?", "solution": "It is $\\boxed{\\frac{6}{2}}$."}])
-    put(tmp_path / "HuggingFaceH4/MATH-500/test.jsonl",
-        [{"problem": "2 + 2?", "answer": "4", "solution": "\\boxed{5}"}])
-    put(tmp_path / "gneubig/aime-1983-2024/a.csv", [b"ID,Question,Answer", b"2024-I-4,2 + 3?,5"])
+    for file, *rows in [
+        ("openai/gsm8k/main/train-0.parquet", {"question": "1 + 1?", "answer": "2.\n#### 2"}),
+        ("DigitalLearningGmbH/MATH-lighteval/data/test-0.parquet",
+         {"problem": "2 + 1?", "solution": "It is $\\boxed{\\frac{6}{2}}$."}),
+        ("HuggingFaceH4/MATH-500/test.jsonl", {"problem": "2 + 2?", "answer": "4", "solution": ""}),
+        ("gneubig/aime-1983-2024/a.csv", b"ID,Question,Answer", b"2024-I-4,2 + 3?,5"),
+    ]:
+        put(tmp_path / file, rows)
     hub = str(tmp_path)
     assert load_questions("gsm8k", "train", hub) == [("gsm8k-train-0", "1 + 1?", "2")]
     assert load_questions("math", "test", hub) == [("math-test-0", "2 + 1?", "\\frac{6}{2}")]
@@ -444,9 +411,8 @@ def test_a_number_is_a_question_zero_is_a_gold_and_ids_are_carried_along(tmp_pat
 
 
 def run_questions(tmp_path, texts, eval_task="", eval_questions=""):
-    rows = [{"question": text, "answer": i} for i, text in enumerate(texts)]
-    file = str(put(tmp_path / "a.jsonl", rows))
-    return load_run_questions("gsm8k", eval_task, file, eval_questions, "")
+    file = put(tmp_path / "a.jsonl", [{"question": text, "answer": 1} for text in texts])
+    return load_run_questions("gsm8k", eval_task, str(file), eval_questions, "")
 
 
 def test_equal_questions_are_all_learnt_from_or_all_held_out(tmp_path, capsys):
@@ -463,7 +429,7 @@ def test_equal_questions_are_all_learnt_from_or_all_held_out(tmp_path, capsys):
 
 def test_questions_are_held_out_only_where_none_are_named(tmp_path, capsys):
     train, test = run_questions(tmp_path, "abcdef", eval_task="toy")
-    assert len(train) == 6 and test == load_questions("toy", "test")
+    assert len(train) == 6 and len(test) == 256
     assert [len(part) for part in run_questions(tmp_path, map(str, range(5000)))] == [4744, 256]
     assert not capsys.readouterr().out
     train, test = run_questions(tmp_path, "abcdef", eval_questions=str(tmp_path / "a.jsonl"))
