@@ -49,7 +49,7 @@ class Mixture:
         self.context, self.batch_size = context, batch_size
         self.available, self.held = {}, {}
         for name in amounts:
-            blocks = (len(corpora[name]) - 1) // context
+            blocks = (len(corpora[name]) - 1) // context  # a block ends with the next one's first
             self.held[name] = min(max(HELD_OUT[0], blocks // 100), HELD_OUT[1], blocks // 2)
             self.available[name] = blocks - self.held[name]
             if self.held[name] == 0:
@@ -83,7 +83,7 @@ class Mixture:
 
     def batch(self, step: int) -> np.ndarray:
         """Blocks of a step, (batch_size, T + 1) int64; rows past the end of the mixture are -1."""
-        out, row = np.full((self.batch_size, self.context + 1), -1), 0
+        out, row = np.full((self.batch_size, self.context + 1), -1), 0  # -1 is no target
         first = self.counts_before(step * self.batch_size)
         last = self.counts_before(min((step + 1) * self.batch_size, self.total))
         for name in self.names:
@@ -113,7 +113,7 @@ class Mixture:
 
 
 def generator(*key) -> np.random.Generator:
-    """A generator of its own for every key."""
+    """A generator of its own for every key, the same in every process (hash() is not)."""
     return np.random.default_rng(list(hashlib.sha256(repr(key).encode()).digest()))
 
 

@@ -40,9 +40,7 @@ BLOCK = 32 << 20  # bytes of one request to the hub: fewer would wait for answer
 
 
 def find_files(pattern: str, hub: str) -> list[str]:
-    """Sorted paths of the files REPOSITORY/FILE, in the folder `hub`, or on the hub where it is "".
-    Raises UserError where there are none.
-    """
+    """Sorted paths of a pattern's files, in a mirror's folder `hub`, or "" for the hub itself."""
     from fsspec.core import url_to_fs  # slow, like pyarrow: the embedded corpora do without
 
     place = f"{hub or 'hf://datasets'}/{pattern}"

@@ -68,8 +68,8 @@ def hub_rows(task: str, split: str, hub: str) -> list[dict]:
     try:
         return list(datasets.load_dataset(kind, data_files=files, split="train", streaming=True))
     except Exception as error:  # every file type has its own
-        raise UserError(f"{pattern} could not be read ({reason(error)}): give --questions=FILE, "
-                        "jsonl or json, in its place") from None
+        raise UserError(f"{pattern} could not be read ({reason(error)}): give --questions=FILE "
+                        "in its place") from None
 
 
 def row_to_question(row: dict | str, default_id: str, place: str) -> Question:
@@ -90,12 +90,15 @@ def row_to_question(row: dict | str, default_id: str, place: str) -> Question:
     return Question(str(fields.get("id", default_id)), str(question), gold)
 
 
-def load_run_questions(task: str, eval_task: str, questions: str, eval_questions: str, hub: str):
-    """Two lists of Question: those that a run learns from, and those that it is evaluated on.
+def load_run_questions(task: str, eval_task: str, questions: str, eval_questions: str, hub: str,
+                       learns=True) -> tuple[list[Question], list[Question]]:
+    """The questions that a run learns from, if it learns, and those that it is evaluated on.
 
     Of a file `questions` a tenth, at most 256, is held out where nothing else is named; equal
     questions fall on one side. Rank 0 says how many are equal.
     """
+    if not learns:
+        return [], load_questions(eval_task or task, "test", hub, eval_questions or questions)
     train = load_questions(task, "train", hub, questions)
     distinct = list(dict.fromkeys(q.wording for q in train))
     if not questions or eval_task or eval_questions:
@@ -104,8 +107,7 @@ def load_run_questions(task: str, eval_task: str, questions: str, eval_questions
         note = f"{equal} of {len(test)} questions to evaluate on are learnt from, too"
     else:
         if len(distinct) == 1:
-            raise UserError(f"{questions} holds one question, of which none can be held out: give "
-                            "more, or --eval_task or --eval_questions")
+            raise UserError(f"{questions} holds one question: give more, or --eval_questions=FILE")
         held = set(distinct[-min(256, max(1, len(distinct) // 10)) :])
         equal = len(train) - len(distinct)
         note = f"{equal} of {len(train)} questions equal an earlier one: no two of them are parted"

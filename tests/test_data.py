@@ -410,9 +410,9 @@ def test_a_number_is_a_question_zero_is_a_gold_and_ids_are_carried_along(tmp_pat
     assert loaded == [("7", "42", "0"), ("7", "b", "1")]
 
 
-def run_questions(tmp_path, texts, eval_task="", eval_questions=""):
+def run_questions(tmp_path, texts, eval_task="", eval_questions="", **learns):
     file = put(tmp_path / "a.jsonl", [{"question": text, "answer": 1} for text in texts])
-    return load_run_questions("gsm8k", eval_task, str(file), eval_questions, "")
+    return load_run_questions("gsm8k", eval_task, str(file), eval_questions, "", **learns)
 
 
 def test_equal_questions_are_all_learnt_from_or_all_held_out(tmp_path, capsys):
@@ -431,6 +431,7 @@ def test_questions_are_held_out_only_where_none_are_named(tmp_path, capsys):
     train, test = run_questions(tmp_path, "abcdef", eval_task="toy")
     assert len(train) == 6 and len(test) == 256
     assert [len(part) for part in run_questions(tmp_path, map(str, range(5000)))] == [4744, 256]
+    assert [len(part) for part in run_questions(tmp_path, "abcdef", learns=False)] == [0, 6]
     assert not capsys.readouterr().out
     train, test = run_questions(tmp_path, "abcdef", eval_questions=str(tmp_path / "a.jsonl"))
     assert len(train) == len(test) == 6 and "6 of 6 questions" in capsys.readouterr().out
