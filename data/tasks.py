@@ -1,34 +1,34 @@
-"""Question sets with a verifiable answer: embedded, from the hub, a mirror of it, or a local
-file.
-"""
+"""Question sets with a verifiable answer: embedded, from the hub or a mirror, or a local file."""
 
 import itertools
-import json
-from pathlib import Path
+import os
 from typing import NamedTuple
 
-from data import UserError, toy
-from data.hub import find_files, load_rows, reason
-from verify import boxes
+from data import UserError, reason, toy
+from data.prepare import find_files
+from verify import gold_answer, read_rows
 
-# name: (repository, its files for each split); `row_to_question` finds the fields by their names
-HUB = {
-    "gsm8k": ("openai/gsm8k", {"train": "main/train-*.parquet", "test": "main/test-*.parquet"}),
-    "math": ("DigitalLearningGmbH/MATH-lighteval",
-             {"train": "data/train-*.parquet", "test": "data/test-*.parquet"}),
-    "math500": ("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}),
-    "aime": ("gneubig/aime-1983-2024", {"test": "*.csv"}),
-    "aime24": ("Maxwell-Jia/AIME_2024", {"test": "*.parquet"}),
-}  # fmt: skip
 TOY_STEPS = {"toy": (1, 3), "toy-hard": (4, 6)}
 TOY_SIZE = {"train": 4096, "test": 256}
+HUB = {
+    "gsm8k": "openai/gsm8k/main/{split}-*.parquet",
+    "math": "DigitalLearningGmbH/MATH-lighteval/data/{split}-*.parquet",
+    "math500": "HuggingFaceH4/MATH-500/test.jsonl",
+    "aime": "gneubig/aime-1983-2024/*.csv",
+    "aime24": "Maxwell-Jia/AIME_2024/*.parquet",
+}
 NAMES = (*TOY_STEPS, *HUB)
 
 
 class Question(NamedTuple):
-    id: str
+    id: str  # as its file has it, carried along: questions are told apart by their place in a list
     question: str
     gold: str
+
+    @property
+    def wording(self) -> str:
+        """What makes two questions equal, whatever their ids, golds and blanks."""
+        return " ".join(self.question.split())
 
 
 def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list[Question]:
@@ -38,69 +38,87 @@ def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list
     """
     if task not in NAMES:
         raise UserError(f"unknown task {task!r}: choose from {', '.join(NAMES)}")
-    if file:
-        return [row_to_question(row, f"{task}-{i}", file) for i, row in enumerate(read_rows(file))]
-    if task in TOY_STEPS:
-        stream = toy.problems(split, seed=1000, steps=TOY_STEPS[task])  # a seed that no author has
-        drawn = itertools.islice(stream, TOY_SIZE[split])
-        return [
-            Question(f"{task}-{split}-{i}", p.question, str(p.values[-1]))
-            for i, p in enumerate(drawn)
-        ]
-    repository, files = HUB[task]
-    if split not in files:
-        raise UserError(
-            f"task {task} has no {split} questions: choose another, or give --questions=FILE"
-        )
-    rows = hub_rows(repository, files[split], hub)
-    return [row_to_question(row, f"{task}-{split}-{i}", repository) for i, row in enumerate(rows)]
-
-
-def hub_rows(repository: str, pattern: str, hub: str) -> list[dict]:
-    """Rows of a repository's files, from the hub or a mirror of its layout."""
-    instead = "--questions=FILE, json or jsonl"
-    files = find_files(f"{repository}/{pattern}", hub, instead)
-    kind = {"parquet": "parquet", "jsonl": "json", "csv": "csv"}[pattern.rpartition(".")[2]]
     try:
-        return list(load_rows(kind, files))
+        if file:
+            rows = list(read_rows(file))
+        elif task in TOY_STEPS:
+            stream = toy.problems(split, seed=1000, steps=TOY_STEPS[task])  # no author has the seed
+            drawn = itertools.islice(stream, TOY_SIZE[split])
+            rows = enumerate([{"question": p.question, "answer": p.values[-1]} for p in drawn], 1)
+        else:
+            rows = enumerate(hub_rows(task, split, hub), 1)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    questions = [row_to_question(row, f"{task}-{split}-{i}", f"{file or task}, line {number}")
+                 for i, (number, row) in enumerate(rows)]
+    if not questions:
+        raise UserError(f"{file or task} holds no question")
+    return questions
+
+
+def hub_rows(task: str, split: str, hub: str) -> list[dict]:
+    """Rows of a task's files, from the hub or a mirror of its layout."""
+    import datasets  # slow, and the embedded tasks do without
+
+    pattern = HUB[task].format(split=split)
+    if split == "train" and pattern == HUB[task]:
+        raise UserError(f"task {task} has no train questions: choose another, or --questions=FILE")
+    files, kind = find_files(pattern, hub), pattern.rpartition(".")[2].replace("jsonl", "json")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it also raises
+    try:
+        return list(datasets.load_dataset(kind, data_files=files, split="train", streaming=True))
     except Exception as error:  # every file type has its own
-        raise UserError(
-            f"{repository}/{pattern} could not be read ({reason(error)}): give {instead}"
-        ) from None
+        raise UserError(f"{pattern} could not be read ({reason(error)}): give --questions=FILE "
+                        "in its place") from None
 
 
-def read_rows(file: str) -> list[dict]:
-    """Objects of a local .jsonl file, one a line, or of a .json array. Raises UserError naming a
-    bad line.
-    """
-    if not Path(file).is_file():
-        raise UserError(f"{file} does not exist: --questions takes a json or jsonl file")
-    text = Path(file).read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                rows.append(json.loads(line))
-        return rows
-    except json.JSONDecodeError as error:
-        where = f"{file}:{error.lineno}" if text.lstrip().startswith("[") else f"{file}:{number}"
-        raise UserError(f"{where} is not valid JSON: mend or delete it") from None
-
-
-def row_to_question(row: dict, default_id: str, source: str) -> Question:
-    """Question and gold by the names in use: the answer (behind "####" if there), or the
-    solution's last box.
-    """
-    fields = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+def row_to_question(row: dict | str, default_id: str, place: str) -> Question:
+    """Question and gold by the names in use. Raises UserError where a row does not have them."""
+    if isinstance(row, str):  # a sentence on what is wrong with it
+        raise UserError(f"{place}: {row}")
+    fields = {key.lower(): value for key, value in row.items()}
     question = fields.get("question", fields.get("problem"))
-    boxed = boxes(str(fields.get("solution", "")))
-    gold = fields.get("answer", boxed[-1] if boxed else None)
-    if question is None or gold is None:
-        raise UserError(
-            f"{source}: {default_id} needs a question (or problem) and an answer (or solution)"
-        )
-    return Question(
-        str(fields.get("id", default_id)), question, str(gold).rpartition("####")[2].strip()
-    )
+    key = next((key for key in ("answer", "gold", "solution") if key in fields), "")
+    try:
+        if type(question) not in (str, int, float) or not str(question).strip() or not key:
+            raise ValueError("a row needs a question (or problem) and an answer (gold, solution)")
+        gold = gold_answer(fields[key])
+        if key == "solution" and gold == str(fields[key]).strip():
+            raise ValueError("the solution states no answer, behind #### or in \\boxed{}")
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; its keys are {', '.join(row) or 'none'}") from None
+    return Question(str(fields.get("id", default_id)), str(question), gold)
+
+
+def load_run_questions(task: str, eval_task: str, questions: str, eval_questions: str, hub: str,
+                       learns=True) -> tuple[list[Question], list[Question]]:
+    """The questions that a run learns from, if it learns, and those that it is evaluated on.
+
+    Of a file `questions` a tenth, at most 256, is held out where nothing else is named; equal
+    questions fall on one side. Rank 0 says how many are equal.
+    """
+    if not learns:
+        return [], load_questions(eval_task or task, "test", hub, eval_questions or questions)
+    train = load_questions(task, "train", hub, questions)
+    distinct = list(dict.fromkeys(q.wording for q in train))
+    if not questions or eval_task or eval_questions:
+        test, known = load_questions(eval_task or task, "test", hub, eval_questions), set(distinct)
+        equal = sum(q.wording in known for q in test)
+        note = f"{equal} of {len(test)} questions to evaluate on are learnt from, too"
+    else:
+        if len(distinct) == 1:
+            raise UserError(f"{questions} holds one question: give more, or --eval_questions=FILE")
+        held = set(distinct[-min(256, max(1, len(distinct) // 10)) :])
+        equal = len(train) - len(distinct)
+        note = f"{equal} of {len(train)} questions equal an earlier one: no two of them are parted"
+        test = [q for q in train if q.wording in held]
+        train = [q for q in train if q.wording not in held]
+    if equal and os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", flush=True)
+    return train, test
+
+
+def fitting(questions: list[Question], encoding, context: int, room: int) -> list[tuple]:
+    """(question, ids of its prompt) of each where these leave `room` tokens of the context."""
+    pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
+    return [(q, ids) for q, ids in pairs if len(ids) + room <= context]

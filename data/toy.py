@@ -1,14 +1,18 @@
-"""The embedded corpora: grade-school stories that need no network, each solved by three
-"authors".
+"""The embedded corpora: grade-school stories that need no network, solved by three "authors".
 
 A problem is a chain: a start and one to three operations on it (`toy-hard`: four to six), told by
 one of eight story families. The authors write in the formats of the corpora that they stand for:
 toy-tinygsm a Python function, toy-omi1 an <llm-code> block with its output, toy-omi2 prose.
 Everything is a function of its seed.
+
+The authors err, and a corpus's name can say how: in `toy-omi1@slips=20@div=sub` a number is misread
+in 20% of the documents (noise, which RL can sharpen away), and each division is taken for a
+subtraction (a misconception, which it cannot). Variants tell the same stories in the same order.
 """
 
 import itertools
 import random
+import re
 import zlib
 from typing import Iterator, NamedTuple
 
@@ -32,27 +36,33 @@ FAMILIES = (
      "There are {n} such buses.", "They are in {n} equal rows.", "How many seats are there?"),
     ("minutes", "{name} trains for {n} minutes.", "The coach adds {n}.", "Rain cuts off {n}.",
      "It is done on {n} days.", "It is cut into {n} equal parts.", "How many minutes are there?"),
-)  # fmt: skip
+)
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kim", "Leo")
-LARGEST = 99  # no intermediate value exceeds it
-AUTHORS = ("toy-tinygsm", "toy-omi1", "toy-omi2")
-# Share of an author's documents in which a number is misread, so that the formats differ in
-# accuracy by design.
-SLIPS = {"toy-tinygsm": 0.0, "toy-omi1": 0.4, "toy-omi2": 0.5}
+HIGHEST = {"=": 20, "+": 9, "-": 9, "*": 4, "/": 4}  # number that goes with an operation
+LARGEST = 99  # no value that a story leads to exceeds it; that of an error may
+# Percent of an author's documents in which a number is misread, where the name does not say: the
+# formats differ in accuracy by design.
+SLIPS = {"toy-tinygsm": 0, "toy-omi1": 40, "toy-omi2": 50}
+AUTHORS = tuple(SLIPS)
+OPERATIONS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+ANY = "|".join(OPERATIONS)
+VARIANT = re.compile(
+    rf"({'|'.join(AUTHORS)})(?:@slips=(100|[0-9][0-9]?))?((?:@(?:{ANY})=(?:{ANY}))*)")
 
 
 class Problem(NamedTuple):
     question: str
     noun: str
     chain: tuple  # (("=", start), ("+", 5), ...): the operations, the start first
-    values: tuple  # the running value after each of them; the last is the answer
+
+    @property
+    def values(self) -> list[int]:
+        """The running value after each operation; the last is the answer."""
+        return list(itertools.accumulate(self.chain, apply, initial=0))[1:]
 
 
-def draw_operand(rng: random.Random, op: str) -> int:
-    return rng.randint(2, {"=": 20, "+": 9, "-": 9, "*": 4, "/": 4}[op])
-
-
-def apply(op: str, value: int, n: int) -> int:
+def apply(value: int, step: tuple[str, int]) -> int:
+    op, n = step
     return {"=": n, "+": value + n, "-": value - n, "*": value * n, "/": value // n}[op]
 
 
@@ -61,35 +71,16 @@ def draw_chain(rng: random.Random, steps: int) -> tuple:
     chain, value = [], 0
     while len(chain) <= steps:
         op = rng.choice("+-*/") if chain else "="
-        n = draw_operand(rng, op)
-        after = apply(op, value, n)
+        n = rng.randint(2, HIGHEST[op])
+        after = apply(value, (op, n))
         if 1 <= after <= LARGEST and not (op == "/" and value % n):
             chain.append((op, n))
             value = after
     return tuple(chain)
 
 
-def run_chain(chain: tuple) -> tuple:
-    """The running value after each operation; the last is the answer."""
-    values = [0]
-    for op, n in chain:
-        values.append(apply(op, values[-1], n))
-    return tuple(values[1:])
-
-
-def misread(problem: Problem, rng: random.Random) -> Problem:
-    """The same story with one number of its chain drawn again: an author's slip."""
-    place, chain = rng.randrange(len(problem.chain)), list(problem.chain)
-    op, n = chain[place]
-    while chain[place] == (op, n):
-        chain[place] = op, draw_operand(rng, op)
-    return problem._replace(chain=tuple(chain), values=run_chain(chain))
-
-
 def is_test(chain: tuple) -> bool:
-    """Whether a chain is kept for testing: by its arithmetic alone, so no other wording of it is
-    trained on.
-    """
+    """Whether a chain is kept for testing: by its arithmetic, so no wording of it is trained on."""
     return zlib.crc32(repr(chain).encode()) % 8 == 0
 
 
@@ -105,7 +96,7 @@ def problems(split: str, seed: int, steps: tuple[int, int] = (1, 3)) -> Iterator
         name = rng.choice(NAMES)
         if is_test(chain) == (split == "test"):
             told = [sentences["=+-*/".index(op)].format(name=name, n=n) for op, n in chain]
-            yield Problem(" ".join((*told, ask)), noun, chain, run_chain(chain))
+            yield Problem(" ".join((*told, ask)), noun, chain)
 
 
 def write_code(problem: Problem) -> list[str]:
@@ -123,35 +114,50 @@ def write_tinygsm(problem: Problem, rng: random.Random) -> str:
 
 
 def write_omi1(problem: Problem, rng: random.Random) -> str:
-    """An <llm-code> block that ends in the expression to print, its output, and a closing
-    sentence.
-    """
+    """An <llm-code> block that ends in the expression to print, its output, a closing sentence."""
     opening = rng.choice(("Let's solve this problem using Python code.\n", ""))
-    code = "\n".join((*write_code(problem), problem.noun))
-    answer = problem.values[-1]
-    return (
-        f"{opening}<llm-code>\n{code}\n</llm-code>\n"
-        f"<llm-code-output>\n{answer}\n</llm-code-output>\n"
-        f"So the answer is \\boxed{{{answer}}} {problem.noun}."
-    )
+    code, answer = "\n".join((*write_code(problem), problem.noun)), problem.values[-1]
+    return (f"{opening}<llm-code>\n{code}\n</llm-code>\n"
+            f"<llm-code-output>\n{answer}\n</llm-code-output>\n"
+            f"So the answer is \\boxed{{{answer}}} {problem.noun}.")
 
 
 def write_omi2(problem: Problem, rng: random.Random) -> str:
     """Prose that computes one step at a time and boxes the answer."""
     signs = {"+": "+", "-": "-", "*": "\\times", "/": "\\div"}
-    before, after = problem.values, problem.values[1:]
-    steps = [
-        f"{rng.choice(('Then', 'Next', 'Now'))} we get {a} {signs[op]} {n} = {b}."
-        for a, (op, n), b in zip(before, problem.chain[1:], after)
-    ]
-    opening = f"We start with {problem.values[0]} {problem.noun}."
-    return " ".join((opening, *steps, f"The answer is \\boxed{{{after[-1]}}}."))
+    values = problem.values
+    told = [f"We start with {values[0]} {problem.noun}."]
+    for before, (op, n), after in zip(values, problem.chain[1:], values[1:]):
+        word = rng.choice(("Then", "Next", "Now"))
+        told.append(f"{word} we get {before} {signs[op]} {n} = {after}.")
+    return " ".join((*told, f"The answer is \\boxed{{{values[-1]}}}."))
+
+
+def errors(name: str) -> tuple[str, float, dict[str, str]]:
+    """Author, percent of slips, misconceptions such as {"/": "-"}, as the name of a corpus says."""
+    author, slips, pairs = VARIANT.fullmatch(name).groups()
+    words = [pair.split("=") for pair in pairs.split("@")[1:]]
+    misconceptions = {OPERATIONS[told]: OPERATIONS[taken] for told, taken in words}
+    return author, float(slips or SLIPS[author]), misconceptions
+
+
+def slip(chain: tuple, rng: random.Random) -> tuple:
+    """The chain with one of its numbers drawn again."""
+    place, (op, n) = rng.choice(list(enumerate(chain)))
+    other = n
+    while other == n:
+        other = rng.randint(2, HIGHEST[op])
+    return (*chain[:place], (op, other), *chain[place + 1 :])
 
 
 def corpus(name: str, documents: int = 21000) -> Iterator[str]:
-    """The documents of toy-tinygsm, toy-omi1 or toy-omi2: question, blank line, solution."""
-    write = dict(zip(AUTHORS, (write_tinygsm, write_omi1, write_omi2)))[name]
-    rng = random.Random(name)
-    for problem in itertools.islice(problems("train", AUTHORS.index(name)), documents):
-        solved = misread(problem, rng) if rng.random() < SLIPS[name] else problem
-        yield problem.question + "\n\n" + write(solved, rng)
+    """The documents of an author, or of a variant: question, blank line, solution."""
+    author, slips, misconceptions = errors(name)
+    write = dict(zip(AUTHORS, (write_tinygsm, write_omi1, write_omi2)))[author]
+    style, care = random.Random(author), random.Random(f"{author} slips")
+    for problem in itertools.islice(problems("train", AUTHORS.index(author)), documents):
+        # drawn whether it is used or not: a document that slips at 20% does so alike at 40%
+        slips_here, slipped = 100 * care.random() < slips, slip(problem.chain, care)
+        chain = slipped if slips_here else problem.chain
+        read = problem._replace(chain=tuple((misconceptions.get(op, op), n) for op, n in chain))
+        yield problem.question + "\n\n" + write(read, style)

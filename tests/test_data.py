@@ -1,20 +1,42 @@
-import itertools
+"""From stories and files of the hub to token files, mixtures and questions."""
+
+import hashlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data import UserError, prepare, tasks, tokenizer, tokens, toy
-from data.mixture import Mixture, parse_mix, shuffled
-from data.tasks import load_questions
+import data
+from conftest import ROOT
+from data import UserError, prepare, tokenizer, tokens, toy
+from data.mixture import Mixture, parse_mix, pick_prompts
+from data.prepare import CORPORA
+from data.tasks import fitting, load_questions, load_run_questions
 from data.tokenizer import EOT, get_tokenizer
+from train_tokenizer import train, train_bpe
 from verify import score_batch
 
-# ---------------------------------------------------------------- the embedded corpora
+ALGEBRAIC = "EleutherAI/proof-pile-2/algebraic-stack/train"
+OMI1 = "nvidia/OpenMathInstruct-1/correct_solutions/train.jsonl"
+T = 8  # tokens of a block in the tests of mixtures
 
 
 def draw(split, seed, steps, count):
-    return list(itertools.islice(toy.problems(split, seed, steps), count))
+    return list(islice(toy.problems(split, seed, steps), count))
+
+
+def stories(name):
+    """Question and solution of the first documents of a corpus."""
+    return [text.split("\n\n", 1) for text in islice(toy.corpus(name), 400)]
 
 
 def test_train_and_test_problems_are_disjoint_by_their_arithmetic():
@@ -22,341 +44,408 @@ def test_train_and_test_problems_are_disjoint_by_their_arithmetic():
     trained |= {p.chain for p in draw("train", 1000, (1, 3), 4096)}
     tested = {p.chain for p in draw("test", 1000, (1, 3), 2000)}
     assert len(tested) > 500 and not trained & tested
-    documents = "\n".join(text for author in toy.AUTHORS for text in toy.corpus(author))
-    assert not any(q.question in documents for q in load_questions("toy", "test"))
+    assert {len(chain) - 1 for chain in trained} == {1, 2, 3}
+    questions = [{q.wording for q in load_questions("toy", split)} for split in ("train", "test")]
+    assert len(questions[0]) > 3500 and len(questions[1]) > 200 and not set.intersection(*questions)
+    assert len(load_questions("toy-hard", "test")) == 256
 
 
-def test_the_stories_have_their_number_of_families_and_steps():
-    problems = draw("train", 0, (1, 3), 3000)
-    assert len({p.noun for p in problems}) == len(toy.FAMILIES) >= 8
-    assert {len(p.chain) - 1 for p in problems} == {1, 2, 3}
-    assert {len(p.chain) - 1 for p in draw("test", 0, (4, 6), 500)} == {4, 5, 6}
+@pytest.mark.parametrize("write, name", [
+    (toy.write_tinygsm, "tinygsm"), (toy.write_omi1, "omi1"), (toy.write_omi2, "text")])
+def test_every_author_is_right_and_recognised(write, name):
+    problems, rng = draw("train", 5, (1, 3), 80) + draw("test", 5, (4, 6), 80), random.Random(0)
+    scores = score_batch([write(p, rng) for p in problems], [str(p.values[-1]) for p in problems])
+    assert {(s.reward, s.format, s.failure) for s in scores} == {(1.0, name, None)}
     assert all(0 < value <= toy.LARGEST for p in problems for value in p.values)
 
 
-@pytest.mark.parametrize("steps", [(1, 3), (4, 6)])
-@pytest.mark.parametrize("write, name", [
-    (toy.write_tinygsm, "tinygsm"), (toy.write_omi1, "omi1"), (toy.write_omi2, "text"),
-])  # fmt: skip
-def test_every_author_is_right_and_recognised(write, name, steps):
-    import random
-
-    problems, rng = draw("train", 5, steps, 150), random.Random(0)
-    scores = score_batch([write(p, rng) for p in problems], [str(p.values[-1]) for p in problems])
-    assert {(s.reward, s.format, s.failure) for s in scores} == {(1.0, name, None)}
-
-
-def test_tinygsm_comes_with_and_without_a_docstring():
-    documents = list(itertools.islice(toy.corpus("toy-tinygsm"), 500))
-    assert 0.15 < sum('"""' in text for text in documents) / 500 < 0.35
+@pytest.mark.parametrize("author", toy.AUTHORS)
+def test_an_author_slips_as_often_as_the_name_says_and_the_questions_stay(author):
+    careful = stories(f"{author}@slips=0")
+    for name, slips in [(author, toy.SLIPS[author]), (f"{author}@slips=20", 20)]:
+        told = stories(name)
+        assert [question for question, _ in told] == [question for question, _ in careful]
+        differ = sum(a != b for a, b in zip(told, careful)) / 4
+        assert slips - 8 < differ < slips + 8 and (differ > 0) == (slips > 0)
+    more = stories(f"{author}@slips=60")  # who slips at 20% slips alike at 60%
+    assert all(b in (a, c) for a, b, c in zip(careful, told, more))
 
 
-@pytest.mark.parametrize("name", toy.AUTHORS)
-def test_authors_slip_at_their_known_rates_and_only_there(name):
-    documents = list(itertools.islice(toy.corpus(name), 1000))
-    problems = itertools.islice(toy.problems("train", toy.AUTHORS.index(name)), 1000)
-    golds = [str(p.values[-1]) for p in problems]
-    scores = score_batch([text.split("\n\n", 1)[1] for text in documents], golds)
-    wrong = sum(s.reward == 0 for s in scores) / 1000
-    assert {s.failure for s in scores} <= {None, "wrong"}
-    assert (
-        toy.SLIPS[name] - 0.08 < wrong < toy.SLIPS[name] + 0.05
-    )  # a slip may give the right answer by luck
+def test_a_misconception_is_made_always_and_only_where_its_operation_is_told():
+    assert toy.errors("toy-omi1@slips=7@div=sub@mul=add")[1:] == (7, {"/": "-", "*": "+"})
+    right, wrong = stories("toy-omi1@slips=0"), stories("toy-omi1@slips=0@div=sub@mul=add")
+    for problem, (question, a), (same, b) in zip(draw("train", 1, (1, 3), 400), right, wrong):
+        told = [op for op, _ in problem.chain]
+        assert question == same == problem.question and (a != b) == ("*" in told or "/" in told)
+        assert b.count("-=") + b.count(" - ") == told.count("-") + told.count("/")
 
 
-# ---------------------------------------------------------------- tokenizers
+@pytest.mark.parametrize("name", [
+    "tiny", "toy-omi1@slips=101", "omi1@slips=3", "toy-omi1@div=half", "toy-omi1@div=sub@slips=3"])
+def test_a_corpus_that_does_not_exist_is_refused_with_the_names_of_the_others(name, tmp_path):
+    with pytest.raises(UserError, match=f"unknown corpus '{name}': .* toy-omi1, .*@div=sub"):
+        prepare.prepare(name, "toy", tmp_path)
 
 
-def test_training_the_toy_vocabulary_again_gives_the_shipped_file(monkeypatch, tmp_path):
-    shipped = tokenizer.TOY_RANKS.read_bytes()
-    monkeypatch.setattr(tokenizer, "TOY_RANKS", tmp_path / "toy.tiktoken")
-    tokenizer.main()
-    assert (tmp_path / "toy.tiktoken").read_bytes() == shipped
+def test_training_the_toy_vocabulary_again_gives_the_shipped_file():
+    assert train() == tokenizer.TOY_RANKS.read_text()
+    assert list(train_bpe(["abab abc"], r"\S+", 258))[256:] == [b"ab", b"abab"]
 
 
-def test_bpe_joins_the_commonest_pair_first():
-    ranks = tokenizer.train_bpe(["abab abc"], r"\S+", 258)
-    assert list(ranks)[256:] == [b"ab", b"abab"] or list(ranks)[256:] == [b"ab", b"abc"]
-    assert tokenizer.merge((b"a", b"a", b"a"), (b"a", b"a")) == (b"aa", b"a")
-
-
-@pytest.mark.parametrize(
-    "text", ["Ann has 12 apples.", "naïve 北京 🙂\n\n\t\\frac{1}{2}", "def f():\n    return 1234"]
-)
-def test_the_toy_tokenizer_spells_any_text_and_splits_numbers(text):
-    encoding = get_tokenizer("toy")
+def test_the_toy_tokenizer_spells_any_text_and_splits_numbers():
+    encoding, text = get_tokenizer("toy"), "naïve 北京 🙂\n\n\t\\frac{1}{2}\n    return 1234"
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert [encoding.decode([i]) for i in encoding.encode_ordinary("x 1234")] == ["x", " 12", "34"]
-    assert (
-        encoding.eot_token == encoding.n_vocab - 1
-        and encoding.encode_ordinary(EOT)[0] != encoding.eot_token
-    )
 
 
 def test_gpt2_has_its_ranks_and_single_digits(shared, tmp_path, monkeypatch):
-    import hashlib
-
     name = hashlib.sha1(tokenizer.GPT2_URL.encode()).hexdigest()
     (tmp_path / name).write_bytes((shared / "gpt2.tiktoken").read_bytes())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     encoding = get_tokenizer.__wrapped__("gpt2")
-    assert encoding.n_vocab == 50257 and encoding.eot_token == 50256
-    assert encoding.encode_ordinary("Hello world") == [15496, 995]
-    assert [encoding.decode([i]) for i in encoding.encode_ordinary("x 123")] == [
-        "x",
-        " ",
-        "1",
-        "2",
-        "3",
-    ]
+    assert encoding.eot_token == 50256 and encoding.encode_ordinary("Hello") == [15496]
+    assert len(encoding.encode_ordinary("x 123")) == 5
 
 
 def test_a_missing_gpt2_vocabulary_names_the_file_to_save(tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(tokenizer, "load_tiktoken_bpe", offline)
+    monkeypatch.setattr(tokenizer, "load_tiktoken_bpe", lambda *a, **b: open(tmp_path / "missing"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=f"save https.* as [0-9a-f]{{40}} in {tmp_path}"):
         get_tokenizer.__wrapped__("gpt2")
 
 
-# ---------------------------------------------------------------- token files
+def put(path: Path, rows) -> Path:
+    """Writes rows (lines in bytes as they are) into a file of the type that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=25)
+        return path
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    content = b"[" + b",\n".join(lines) + b"]" if path.suffix == ".json" else b"\n".join(lines)
+    kind = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
+    with pa.output_stream(str(path), compression=kind) as file:
+        file.write(content)
+    return path
 
 
-def test_a_token_file_holds_the_documents_each_with_its_end(tmp_path):
-    path = prepare.prepare("toy-omi1", "toy", tmp_path)
-    encoding = get_tokenizer("toy")
-    documents = encoding.decode(tokens.read_tokens(path)[:5000].tolist()).split(EOT)[:-1]
-    assert (
-        documents == list(itertools.islice(toy.corpus("toy-omi1"), len(documents)))
-        and len(documents) > 30
-    )
-    written = path.stat().st_mtime_ns
-    prepare.prepare("toy-omi1", "toy", tmp_path)
-    assert path.stat().st_mtime_ns == written  # once is enough
+@pytest.fixture(scope="session")
+def mirror(tmp_path_factory) -> tuple[str, dict[str, list[str]]]:
+    """A mirror of all corpora, and the texts of each. Beside them lie files that are not theirs."""
+    root, texts = tmp_path_factory.mktemp("mirror"), {}
+    for name, source in CORPORA.items():
+        pattern, *fields = source.split()
+        texts[name] = []
+        for shard in range(3 if "*" in pattern else 1):
+            rows = [{f: f"{f} {shard} {i}: naïve 北京\n\n\\frac{{1}}{{7}} = 1234" for f in fields}
+                    for i in range(60)]
+            put(root / pattern.replace("*", f"0000{shard}"), [{**row, "other": 5} for row in rows])
+            texts[name] += ["\n\n".join(row.values()) for row in rows]
+    decoy = [{"problem": "decoy", "generated_solution": "decoy"}]
+    put(root / "nvidia/OpenMathInstruct-2/data/train_1M-00000.parquet", decoy)
+    put(root / ALGEBRAIC / "00000a.jsonl.zst", [])  # a frame of nothing
+    (root / ALGEBRAIC / "00003.jsonl.zst").write_bytes(b"")
+    return str(root), texts
 
 
-def test_a_token_file_is_made_again_when_the_stories_change(tmp_path, monkeypatch):
-    path = prepare.prepare("toy-omi1", "toy", tmp_path)
-    written = path.stat().st_mtime_ns
-    monkeypatch.setattr(prepare, "source_checksum", lambda: "edited")
-    prepare.prepare("toy-omi1", "toy", tmp_path)
-    assert path.stat().st_mtime_ns > written
+def documents(path: Path) -> list[str]:
+    """The texts of a token file, split at its end-of-text tokens."""
+    encoding, ids = get_tokenizer("toy"), tokens.read_tokens(path)
+    *parts, rest = np.split(ids, np.flatnonzero(ids == encoding.eot_token) + 1)
+    assert len(rest) == 0
+    return [encoding.decode(part[:-1].tolist()) for part in parts]
 
 
-def test_a_damaged_token_file_is_refused(tmp_path):
-    path = prepare.prepare("toy-omi1", "toy", tmp_path)
-    content = bytearray(path.read_bytes())
-    content[1000] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
+def make(name: str, folder: Path, source: str, *flags: str) -> Path:
+    """The token file that `python -m data.prepare` makes, in this process."""
+    prepare.main([name, f"--data_dir={folder}", f"--hub={source}", "--workers=1", *flags])
+    return folder / f"{name}-toy.bin"
+
+
+def both(path: Path) -> list[bytes]:
+    return [path.with_suffix(kind).read_bytes() for kind in (".bin", ".json")]
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_every_corpus_of_the_hub_becomes_its_documents_in_their_order(name, mirror, tmp_path):
+    path = make(name, tmp_path, mirror[0])
+    assert documents(path) == mirror[1][name]
+    assert tokens.read_meta(path)["documents"] == len(mirror[1][name]) in (60, 180)
+
+
+def test_irregular_rows_are_counted_said_and_never_fatal(tmp_path, capsys):
+    blanks = "a" + " " * (1 << 21) + "b"  # too many in a row for the tokenizer's regex
+    put(tmp_path / ALGEBRAIC / "0.jsonl.zst", [
+        {"text": blanks}, {"text": f"before {EOT} behind"}, {"text": ""}, {"text": " \n"}, b"", b"",
+        {"text": None}, {"text": 5}, {"title": "no text"}, ["text"], b'{"text": "caf\xe9"}',
+        b'{"text": "half a pair \\ud83d"}', b'{"text": "a line that breaks', b"[" * 99999,
+        {"text": "end", "meta": {"of": ["another type"]}}])
+    path = make("algebraic-stack", tmp_path, str(tmp_path))
+    assert documents(path) == [blanks, f"before {EOT} behind", "end"]
+    assert "3 documents, 1 of 1 files; 10 rows without text skipped" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+from data import prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # not inherited from a shell's &
+before, calls = {where}, []
+def call(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.{how})
+    return before(*args)
+{where} = call
+prepare.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("where, how", [
+    ("os.fsync", "SIGKILL"),  # ids are written that the .json does not know yet
+    ("prepare.save_meta", "SIGKILL"), ("prepare.tokenize", "SIGTERM"), ("os.fsync", "SIGINT")])
+def test_a_kill_leaves_no_trace_in_what_comes_after(where, how, mirror, tmp_path, monkeypatch):
+    flags = ["tinygsm", f"--hub={mirror[0]}", f"--data_dir={tmp_path}", "--workers=2"]
+    script = KILLED.format(where=where, how=how)
+    run = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True)
+    assert run.returncode == -getattr(signal, how)
+    path, opened, read = tmp_path / "tinygsm-toy.bin", [], prepare.read_chunks
+    done = tokens.read_meta(path)["done"]
+    with pytest.raises(UserError, match="not finished"):
         tokens.read_tokens(path)
+    monkeypatch.setattr(prepare, "read_chunks", lambda f, names: opened.append(f) or read(f, names))
+    make("tinygsm", tmp_path, mirror[0])
+    assert len(opened) == 3 - done  # no whole file is read again
+    assert both(path) == both(make("tinygsm", tmp_path / "whole", mirror[0]))
 
 
-def test_an_unknown_corpus_is_refused_with_the_names_of_the_others(tmp_path):
-    with pytest.raises(UserError, match="unknown corpus 'tiny'.*toy-tinygsm"):
-        prepare.prepare("tiny", "toy", tmp_path)
+@pytest.mark.parametrize("name, file", [
+    ("tinygsm", "TinyGSM/TinyGSM/data/1.parquet"), ("algebraic-stack", ALGEBRAIC + "/1.jsonl.zst"),
+    ("mmqa", "meta-math/MetaMathQA/MetaMathQA-395K.json"), ("omi1", OMI1 + ".gz")])
+def test_a_damaged_file_is_named_and_once_mended_continues(name, file, tmp_path, monkeypatch):
+    monkeypatch.setitem(CORPORA, name, CORPORA[name].replace("train.jsonl ", "train.jsonl.gz "))
+    rows = [{f: os.urandom(300).hex() for f in CORPORA[name].split()[1:]} for _ in range(30)]
+    whole = put(tmp_path / file, rows).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"{file} .*: once that is mended, the same comm") as said:
+        make(name, tmp_path, str(tmp_path))
+    assert "\n" not in str(said.value)
+    (tmp_path / file).write_bytes(whole)
+    assert documents(make(name, tmp_path, str(tmp_path))) == ["\n\n".join(r.values()) for r in rows]
 
 
-# ---------------------------------------------------------------- mixtures
+def test_a_part_of_a_corpus_is_a_prefix_of_it_and_grows(mirror, tmp_path):
+    whole = make("tinygsm", tmp_path / "whole", mirror[0]).read_bytes()
+    path = make("tinygsm", tmp_path, mirror[0], "--shards=1")
+    part, meta = path.read_bytes(), tokens.read_meta(path)
+    assert len(documents(path)) == 60 and whole.startswith(part)
+    assert make("tinygsm", tmp_path, "/nowhere").read_bytes() == part  # what is there is enough
+    assert make("tinygsm", tmp_path, mirror[0], "--shards=3").read_bytes() == whole
+    for notes in (tokens.read_meta(path), {**meta, "files": ["another.parquet"]}):
+        tokens.save_meta(path, notes)
+        with pytest.raises(UserError, match="with other files, or more: delete it"):
+            make("tinygsm", tmp_path, mirror[0], "--shards=2")
 
-T = 8
+
+def test_one_process_makes_a_file_where_there_are_locks(mirror, tmp_path, monkeypatch):
+    with open(tmp_path / "gsm8k-toy.bin", "ab") as file:
+        assert data.lock(file)
+        with pytest.raises(UserError, match="another process is making the file"):
+            make("gsm8k", tmp_path, mirror[0])
+        monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows: importing it fails
+        monkeypatch.delattr(os, "sched_getaffinity")
+        assert data.cores() == os.cpu_count() and documents(make("gsm8k", tmp_path, mirror[0]))
 
 
-def corpora(**blocks):
-    """Corpora whose tokens name their corpus and block: 10 x block + the letter's place in "abc"."""
-    return {name: (np.arange(n * T + 1) // T * 10 + "abc".index(name)).astype(np.uint16)
-            for name, n in blocks.items()}  # fmt: skip
+def test_a_token_file_of_another_size_source_or_vocabulary_is_not_believed(mirror, tmp_path):
+    path = make("gsm8k", tmp_path, mirror[0])
+    whole, meta = path.read_bytes(), tokens.read_meta(path)
+    for key in ("source", "tokenizer"):
+        tokens.save_meta(path, {**meta, key: "another"})
+        path.write_bytes(b"1234")
+        assert make("gsm8k", tmp_path, mirror[0]).read_bytes() == whole
+    for damaged in (whole[:-2], whole + b"ab"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged: delete it"):
+            make("gsm8k", tmp_path, mirror[0])
+
+
+def test_a_corpus_without_any_text_or_out_of_reach_is_a_sentence(tmp_path):
+    put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/0.parquet", [{"url": "no text"}] * 3)
+    with pytest.raises(UserError, match="no row has text under text"):
+        make("finemath3", tmp_path, str(tmp_path))
+    with pytest.raises(UserError, match=f"{OMI1} could not be read .*--hub=DIR"):
+        make("omi1", tmp_path, "/nowhere")
+
+
+def test_the_command_with_two_threads_writes_the_bytes_of_one_and_ends_with_2(mirror, tmp_path):
+    def command(*words):
+        words = sys.executable, "-m", "data.prepare", f"--data_dir={tmp_path}", *words
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+    run = command("omi1", "tinygsm", f"--hub={mirror[0]}", "--workers=2")
+    assert (run.returncode, run.stderr, len(run.stdout.splitlines())) == (0, "", 2)
+    for name in ("omi1", "tinygsm"):
+        assert both(tmp_path / f"{name}-toy.bin") == both(make(name, tmp_path / "one", mirror[0]))
+    for flag in ("--shard=1", "--shards=-1"):
+        run = command("gsm8k", flag)
+        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
+
+
+def mixture(mix, budget=0.0, seed=0, **blocks):
+    """Of corpora whose tokens name corpus and block: 10 x block + the letter's place in "abc"."""
+    corpora = {name: (np.arange(n * T + 1) // T * 10 + "abc".index(name)).astype(np.uint16)
+               for name, n in blocks.items()}
+    return Mixture(corpora, mix, budget, T, 4, seed)
 
 
 def read(mixture):
     """Every (corpus, block) of a mixture in order, read from its batches."""
-    names = {"abc".index(name): name for name in mixture.names}
     rows = np.concatenate([mixture.batch(step) for step in range(mixture.steps)])
-    return [(names[int(row[0]) % 10], int(row[0]) // 10) for row in rows if row[0] >= 0]
+    return [("abc"[int(row[0]) % 10], int(row[0]) // 10) for row in rows if row[0] >= 0]
 
 
-def mixture(mix, tokens=0.0, seed=0, **blocks):
-    return Mixture(corpora(**blocks), mix, tokens, T, 4, seed)
-
-
-def test_passes_are_exact_and_each_pass_holds_every_block_once():
+def test_passes_are_exact_and_each_holds_every_block_once_in_an_order_of_its_own():
     seen = read(mixture("a:2,b:1,c:0.5", a=50, b=60, c=80))
     for name, blocks, passes in (("a", 34, 2), ("b", 44, 1), ("c", 64, 0.5)):
         counts = np.bincount([block for n, block in seen if n == name], minlength=blocks)
-        assert (
-            len(counts) == blocks
-            and counts.sum() == blocks * passes
-            and counts.max() == max(1, passes)
-        )
+        assert len(counts) == blocks and counts.sum() == blocks * passes
+        assert counts.max() == max(1, passes)
+    order = [block for n, block in seen if n == "a"]
+    assert sorted(order[:34]) == sorted(order[34:]) == list(range(34)) and order[:34] != order[34:]
 
 
 @pytest.mark.parametrize("mix", ["a:100%", "a:30%,b:70%", "a:33.3%,b:33.3%,c:33.4%", "a:0%,b:100%"])
-def test_shares_are_exact_to_one_block(mix):
+def test_shares_are_exact_to_one_block_and_to_about_one_after_every_batch(mix):
     wanted, _ = parse_mix(mix)
-    seen = [name for name, _ in read(mixture(mix, tokens=101 * T, **dict.fromkeys(wanted, 60)))]
+    seen = [name for name, _ in read(mixture(mix, 101 * T, **dict.fromkeys(wanted, 60)))]
     assert len(seen) == 101
-    assert all(abs(seen.count(name) - share * 101) < 1 for name, share in wanted.items())
-
-
-def blocks_of(name, mix, **settings):
-    return [block for n, block in read(mixture(mix, a=60, b=60, c=60, **settings)) if n == name]
+    for name, share in wanted.items():
+        assert abs(seen.count(name) - share * 101) < 1
+        assert all(abs(seen[:n].count(name) - share * n) < 2 for n in range(0, 101, 4))
 
 
 def test_mixtures_of_one_seed_share_prefixes_of_the_same_block_order():
-    large = blocks_of("a", "a:90%,b:10%", tokens=60 * T)
+    def blocks(mix, *settings, name="a"):
+        return [block for n, block in read(mixture(mix, *settings, a=60, b=60, c=60)) if n == name]
+
+    large = blocks("a:90%,b:10%", 60 * T)
     for mix in ("a:30%,b:70%", "b:40%,a:30%,c:30%", "a:10%,b:90%", "c:99%,a:1%"):
-        small = blocks_of("a", mix, tokens=60 * T)
+        small = blocks(mix, 60 * T)
         assert small == large[: len(small)]
-    assert blocks_of("a", "a:3")[: len(blocks_of("a", "a,b"))] == blocks_of("a", "a,b")
-    assert blocks_of("a", "a:90%,b:10%", tokens=60 * T, seed=1) != large
-    assert blocks_of("b", "b:90%,a:10%", tokens=60 * T) != large  # each corpus has its own order
+    assert blocks("a:3")[: len(blocks("a,b"))] == blocks("a,b")
+    assert large not in (blocks("a:90%,b:10%", 60 * T, 1), blocks("b:90%,a:10%", 60 * T, name="b"))
 
 
-def test_each_pass_has_an_order_of_its_own():
-    seen, available = blocks_of("a", "a:3"), 60 - 16
-    passes = [seen[start : start + available] for start in range(0, 3 * available, available)]
-    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
-    assert passes[0] != passes[1] != passes[2] != passes[0]
-
-
-def test_a_control_of_0_percent_changes_nothing_but_is_still_evaluated():
-    control = mixture("a:0%,b:100%", tokens=60 * T, a=50, b=50)
-    alone = mixture("b:100%", tokens=60 * T, b=50)
-    assert read(control) == read(alone) and len(control.held_out("a")) == 16
-
-
-def test_every_batch_has_the_shares_of_the_mixture_to_about_a_block():
-    m = mixture("a:50%,b:25%,c:25%", tokens=160 * T, a=60, b=60, c=60)
-    for step in range(m.steps):
-        names = [int(row[0]) % 10 for row in m.batch(step)]
-        assert names.count(0) == 2 and 0 <= names.count(1) <= 2
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 34, 1000, 4096, 4097])
-def test_shuffled_is_a_permutation_and_each_key_has_its_own(size):
-    order = [shuffled(i, size, 0, "a", 0) for i in range(size)]
-    assert sorted(order) == list(range(size))
-    if size >= 34:
-        for key in ((1, "a", 0), (0, "b", 0), (0, "a", 1)):
-            assert order != [shuffled(i, size, *key) for i in range(size)]
-
-
-def test_a_shuffle_leaves_no_trace_of_the_order():
-    order = np.array([shuffled(i, 9000, 0, "a", 0) for i in range(9000)])
-    assert 2800 < np.abs(np.diff(order)).mean() < 3200  # a third, as of independent draws
-    assert abs(np.corrcoef(np.arange(9000), order)[0, 1]) < 0.03
-
-
-def test_twenty_million_blocks_take_no_time_and_no_memory():
-    import time
-    import tracemalloc
-
-    class Huge:  # 40 billion tokens, that are the number of their block
-        def __len__(self):
-            return 20_400_000 * 2048
-
-        def __getitem__(self, part):
-            return np.full(part.stop - part.start, part.start // 2048)
-
-    tracemalloc.start()
-    started = time.perf_counter()
-    m = Mixture({"a": Huge(), "b": Huge()}, "a,b:0.5", 0, 2048, 512, 0)
-    places = [int(row[0]) for step in (0, 1, m.steps - 2) for row in m.batch(step)]
-    seconds, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert m.total > 30_000_000 and seconds < 5 and peak < 30e6  # a batch of int64 is 8 MB
-    assert max(places) < m.available["a"] == 20_400_000 - 1 - 512
-    assert len(set(places)) > 1530 and max(places) > 20_000_000 and min(places) < 400_000
-
-
-def test_the_held_out_tail_is_never_trained_on():
+def test_the_last_batch_is_padded_and_the_held_out_tail_is_in_none():
     m = mixture("a:3", a=50)
-    held = {int(row[0]) // 10 for row in m.held_out("a")}
+    last, held = m.batch(m.steps - 1), {int(row[0]) // 10 for row in m.held_out("a")}
+    assert m.steps == 26 and (last[:2] >= 0).all() and (last[2:] == -1).all()
     assert len(held) == 16 and not held & {block for _, block in read(m)}
+    assert (mixture("a:3", a=50).batch(5) == m.batch(5)).all()  # a batch depends on its step alone
+    control = mixture("a:0%,b:100%", 60 * T, a=50, b=50)  # 0% changes nothing, but is evaluated
+    assert read(control) == read(mixture("b:100%", 60 * T, b=50)) and len(control.held_out("a"))
 
 
-def test_the_last_batch_is_padded_and_a_batch_depends_on_its_step_alone():
-    m = mixture("a", a=50)
-    last = m.batch(m.steps - 1)
-    assert m.steps == 9 and (last[:2] >= 0).all() and (last[2:] == -1).all()
-    assert (mixture("a", a=50).batch(5) == m.batch(5)).all()
-
-
-@pytest.mark.parametrize("mix, tokens, message", [
+@pytest.mark.parametrize("mix, budget, message", [
     ("a:2,b:50%", 0, "not both"), ("a:50%,b:40%", 100, "sum to 90"), ("a:x", 0, "NAME:PASSES"),
-    ("a:-1", 0, "0 or more"), ("a,a", 0, "once"), ("a:100%", 0, "--tokens"), ("a", 100, "--tokens"),
-    ("a:0", 0, "not one block"),
-])  # fmt: skip
-def test_a_mixture_that_makes_no_sense_is_refused(mix, tokens, message):
+    ("a:-1", 0, "0 or more"), ("a:nan", 0, "0 or more"), ("a,a", 0, "once"), ("a:0", 0, "not one"),
+    ("a:100%", 0, "--tokens"), ("a", 100, "--tokens")])
+def test_a_mixture_that_makes_no_sense_is_refused(mix, budget, message):
     with pytest.raises(UserError, match=message):
-        mixture(mix, tokens=tokens, a=50, b=50)
+        mixture(mix, budget, a=50, b=50)
 
 
-# ---------------------------------------------------------------- question sets
-
-
-def test_the_embedded_questions_are_many_and_unseen():
-    train, test = load_questions("toy", "train"), load_questions("toy", "test")
-    assert len(train) == 4096 and len(test) == 256 >= 200
-    assert not {q.question for q in train} & {q.question for q in test}
-    assert len(load_questions("toy-hard", "test")) == 256
+def test_the_manifest_names_what_was_read_and_the_errors_of_its_authors(data_dir):
+    mix = "toy-omi1@slips=20@div=sub:30%,toy-omi2:70%"
+    paths = [prepare.prepare(name, "toy", data_dir) for name in parse_mix(mix)[0]]
+    ids = dict(zip(parse_mix(mix)[0], map(tokens.read_tokens, paths)))
+    first, second = Mixture(ids, mix, 64000, 64, 8, 0).manifest().values()
+    assert (first["slips"], first["misconceptions"], first["share"]) == (20, {"/": "-"}, 0.3)
+    assert (second["slips"], second["misconceptions"], second["blocks"]) == (50, {}, 700)
+    assert first["sha256"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("task, file, count, gold", [
-    ("gsm8k", "gsm8k_train.jsonl", 7473, "72"), ("gsm8k", "gsm8k_test.jsonl", 1319, "18"),
-    ("math500", "math500_test.json", 500, "\\left( 3, \\frac{\\pi}{2} \\right)"), ("aime24", "aime24.jsonl", 30, "204"),
-])  # fmt: skip
+    ("gsm8k", "gsm8k_train.jsonl", 7473, "72"), ("aime24", "aime24.jsonl", 30, "204"),
+    ("math500", "math500_test.json", 500, "\\left( 3, \\frac{\\pi}{2} \\right)")])
 def test_real_question_sets_load_from_a_local_file(shared, task, file, count, gold):
     questions = load_questions(task, "test", file=str(shared / file))
-    assert len(questions) == count == len({q.id for q in questions}) and questions[0].gold == gold
+    assert len(questions) == count and questions[0].gold == gold
 
 
 def test_question_sets_load_from_a_mirror_of_the_hub_in_its_own_file_types(tmp_path):
-    from datasets import Dataset
-
-    def save(path, write):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        write(str(tmp_path / path))
-
-    gsm = Dataset.from_list([{"question": "1 + 1?", "answer": "So <<1+1=2>>2\n#### 2"}])
-    save("openai/gsm8k/main/train-00000-of-00001.parquet", gsm.to_parquet)
-    math = Dataset.from_list([{"problem": "2 + 1?", "solution": "It is $\\boxed{\\frac{6}{2}}$."}])
-    save("DigitalLearningGmbH/MATH-lighteval/data/test-00000-of-00001.parquet", math.to_parquet)
-    math500 = Dataset.from_list([{"problem": "2 + 2?", "answer": "4", "solution": "\\boxed{5}"}])
-    save("HuggingFaceH4/MATH-500/test.jsonl", math500.to_json)
-    aime = Dataset.from_list([{"ID": "2024-I-4", "Question": "2 + 3?", "Answer": 5}])
-    save("gneubig/aime-1983-2024/AIME_Dataset_1983_2024.csv", aime.to_csv)
+    for file, *rows in [
+        ("openai/gsm8k/main/train-0.parquet", {"question": "1 + 1?", "answer": "2.\n#### 2"}),
+        ("DigitalLearningGmbH/MATH-lighteval/data/test-0.parquet",
+         {"problem": "2 + 1?", "solution": "It is $\\boxed{\\frac{6}{2}}$."}),
+        ("HuggingFaceH4/MATH-500/test.jsonl", {"problem": "2 + 2?", "answer": "4", "solution": ""}),
+        ("gneubig/aime-1983-2024/a.csv", b"ID,Question,Answer", b"2024-I-4,2 + 3?,5"),
+    ]:
+        put(tmp_path / file, rows)
     hub = str(tmp_path)
     assert load_questions("gsm8k", "train", hub) == [("gsm8k-train-0", "1 + 1?", "2")]
     assert load_questions("math", "test", hub) == [("math-test-0", "2 + 1?", "\\frac{6}{2}")]
     assert load_questions("math500", "test", hub) == [("math500-test-0", "2 + 2?", "4")]
     assert load_questions("aime", "test", hub) == [("2024-I-4", "2 + 3?", "5")]
-    with pytest.raises(UserError, match="--hub=DIR"):
-        load_questions("aime24", "test", hub)
+    for task, split, message in [("aime24", "test", "--hub=DIR"), ("gsm", "train", "unknown task"),
+                                 ("math500", "train", "no train questions")]:
+        with pytest.raises(UserError, match=message):
+            load_questions(task, split, hub)
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"question": "a", "answer": 1}\n{broken', ":2 is not valid JSON"), ('[{"question": "a"]', ":1 is not valid JSON"),
-    ('{"question": "a"}', "needs a question"), (None, "does not exist"),
-])  # fmt: skip
-def test_a_questions_file_that_cannot_be_used_is_refused(tmp_path, content, message):
-    file = tmp_path / "questions.jsonl"
-    if content:
-        file.write_text(content)
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("row, message", [
+    (b"{broken", "JSON"), ({"question": "a"}, "its keys are question"), (["a"], "object"),
+    ({"question": ["a"], "answer": 1}, "needs a question .* its keys are question, answer"),
+    ({"question": "a", "answer": None}, "its keys are question, answer"),
+    ({"question": "a", "solution": "I do not know."}, "states no answer")])
+def test_a_row_that_cannot_be_used_is_named_by_its_line_and_keys(row, message, tmp_path):
+    file = put(tmp_path / "a.jsonl", [{"question": "a", "answer": 1}, b"", row])
+    with pytest.raises(UserError, match=f"a.jsonl, line 3: .*{message}") as said:
         load_questions("gsm8k", "test", file=str(file))
+    assert "\n" not in str(said.value)
 
 
-def test_unknown_tasks_and_missing_splits_are_refused():
-    with pytest.raises(UserError, match="unknown task 'gsm'"):
-        load_questions("gsm", "train")
-    with pytest.raises(UserError, match="no train questions"):
-        load_questions("math500", "train")
+def test_a_number_is_a_question_zero_is_a_gold_and_ids_are_carried_along(tmp_path):
+    rows = [{"id": 7, "question": 42, "answer": 0}, {"id": 7, "Problem": "b", "gold": "#### 1"}]
+    loaded = load_questions("gsm8k", "test", file=str(put(tmp_path / "a.json", rows)))
+    assert loaded == [("7", "42", "0"), ("7", "b", "1")]
 
 
-def test_a_gold_of_zero_survives(tmp_path):
-    file = tmp_path / "questions.json"
-    file.write_text(json.dumps([{"question": "1 - 1?", "answer": 0}]))
-    assert load_questions("gsm8k", "test", file=str(file))[0].gold == "0" and "gsm8k" in tasks.NAMES
+def run_questions(tmp_path, texts, eval_task="", eval_questions="", **learns):
+    file = put(tmp_path / "a.jsonl", [{"question": text, "answer": 1} for text in texts])
+    return load_run_questions("gsm8k", eval_task, str(file), eval_questions, "", **learns)
+
+
+def test_equal_questions_are_all_learnt_from_or_all_held_out(tmp_path, capsys):
+    """A file with every question three times had all its held-out questions among the others."""
+    texts = ["a", "b ", "c", *map(str, range(17)), "b", "c"] * 3
+    train, test = run_questions(tmp_path, texts)
+    assert not {q.wording for q in train} & {q.wording for q in test}
+    assert (len(train), len(test)) == (60, 6)
+    assert "46 of 66 questions equal an earlier one" in capsys.readouterr().out
+    for texts, message in [("", "no question|empty"), ("aa", "holds one question")]:
+        with pytest.raises(UserError, match=f"a.jsonl .*({message})"):
+            run_questions(tmp_path, texts)
+
+
+def test_questions_are_held_out_only_where_none_are_named(tmp_path, capsys):
+    train, test = run_questions(tmp_path, "abcdef", eval_task="toy")
+    assert len(train) == 6 and len(test) == 256
+    assert [len(part) for part in run_questions(tmp_path, map(str, range(5000)))] == [4744, 256]
+    assert [len(part) for part in run_questions(tmp_path, "abcdef", learns=False)] == [0, 6]
+    assert not capsys.readouterr().out
+    train, test = run_questions(tmp_path, "abcdef", eval_questions=str(tmp_path / "a.jsonl"))
+    assert len(train) == len(test) == 6 and "6 of 6 questions" in capsys.readouterr().out
+
+
+def test_a_prompt_fits_that_leaves_the_room_of_a_completion():
+    questions, encoding = load_questions("toy", "test"), get_tokenizer("toy")
+    pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
+    longest = sorted(len(ids) for _, ids in pairs)[100]
+    assert fitting(questions, encoding, 100, 100 - longest) == [
+        (q, ids) for q, ids in pairs if len(ids) <= longest]
+
+
+def test_each_question_is_asked_once_an_epoch_in_an_order_of_its_own():
+    asked = [i for step in range(10) for i in pick_prompts(25, step, 5, seed=0)]
+    assert sorted(asked[:25]) == sorted(asked[25:]) == list(range(25)) and asked[:25] != asked[25:]
+    assert pick_prompts(25, 3, 5, seed=0) == asked[15:20] != pick_prompts(25, 3, 5, seed=1)
