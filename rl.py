@@ -3,12 +3,10 @@
 
 Reads the run of pretrain.py (--init_from) and writes out_dir: config.json, metrics.jsonl, ckpt.pt,
 step_NNNNNN.pt, samples_NNNNNN.jsonl, echo.png. Run it again to continue an unfinished run.
-Deviations from the textbook: a completion cut at max_new_tokens counts as ended, with reward 0
-unless it holds the answer; every rank holds the whole rollout (ids are small), so that no
-statistic depends on their number.
+Deviations from the textbook: a completion cut at max_new_tokens counts as ended; every rank holds
+the whole rollout (ids are small), so that no statistic depends on their number.
 """
 
-import collections
 import copy
 import dataclasses
 import json
@@ -199,7 +197,7 @@ def clipped_value(value, old_value, returns, clip: float = 0.2) -> torch.Tensor:
     return torch.max((value - returns) ** 2, (near - returns) ** 2) / 2
 
 
-def policy_loss(batch: "Batch", logp, cfg) -> torch.Tensor:
+def policy_loss(batch, logp, cfg) -> torch.Tensor:
     """The loss (B, T) of each token, of the log-probs that the policy gives it now."""
     if cfg.algo in ("ppo", "grpo"):
         loss = clipped(logp, batch.old_logp, batch.advantage, cfg.clip_eps)
@@ -476,14 +474,13 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
     if on_policy:
         batches = [batch for batches, _ in minibatches for batch in batches]
         metrics = look_back(batches, policy, critic, reference, lab)
-    updates, norms, clips, first = cfg.epochs * len(minibatches), [], [], []
+    updates, norms, seen = cfg.epochs * len(minibatches), [], []
 
     def loss_of_policy(batch: Batch) -> torch.Tensor:
         logp = policy.called(batch)
         if on_policy:  # on the device: nothing here waits for it
-            deviation = ((logp.detach() - batch.old_logp).exp() - 1).abs() * batch.mask
-            clips.append(torch.stack(((deviation > cfg.clip_eps).sum(), batch.mask.sum())))
-            first.extend([] if norms else [deviation.max()])
+            off = ((logp.detach() - batch.old_logp).exp() - 1).abs() * batch.mask
+            seen.append(torch.stack(((off > cfg.clip_eps).sum(), batch.mask.sum(), off.max())))
         return policy_loss(batch, logp, cfg)
 
     def loss_of_critic(batch: Batch) -> torch.Tensor:
@@ -503,9 +500,10 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
         raise UserError(f"the gradient is not finite at step {step + 1}: lower --learning_rate in "
                         "another --out_dir; the last checkpoint here is kept")
     if on_policy:
-        outside, total = processes.sum(*(sum(clips).tolist() if clips else (0, 0)))
-        metrics["clip_fraction"] = outside / total
-        metrics["ratio_max_dev"] = max(processes.gather(float(max(first, default=0.0))))
+        outside, tokens, _ = processes.sum(*(sum(seen).tolist() if seen else [0] * 3))
+        first = max((float(s[2]) for s in seen[: len(minibatches[0][0])]), default=0.0)
+        metrics["clip_fraction"] = outside / tokens
+        metrics["ratio_max_dev"] = max(processes.gather(first))
     metrics["grad_norm"] = max(found[:: 2 if critic else 1])
     return {**metrics, "lr": policy.optimizer.param_groups[0]["lr"]}
 
@@ -522,7 +520,7 @@ def evaluate(model: GPT, pairs: list, n: int, step: int, lab: Lab) -> tuple[dict
     that were left out too.
     """
     cfg, end, samples, seconds = lab.cfg, lab.encoding.eot_token, [], {"sample": 0, "verify": 0}
-    for greedy in (True, False) if cfg.eval_k else (True,):
+    for greedy in (True, False):
         count = 1 if greedy else cfg.eval_k
         asked = [pair for pair in pairs for _ in range(count)]
         key, temperature = (cfg.seed, "eval", greedy), 0.0 if greedy else cfg.eval_temperature
@@ -533,11 +531,10 @@ def evaluate(model: GPT, pairs: list, n: int, step: int, lab: Lab) -> tuple[dict
                      "truncated": bool(row.completion[-1] != end)} for i, row in enumerate(rows)]
     # questions are told apart by their place: the id of a file may be anything
     found = summarize([{**sample, "id": sample["place"]} for sample in samples], n)
-    means = {f: float(np.mean([s[f] for s in samples])) for f in ("length", "truncated")}
-    row = {"step": step, "kind": "eval", "task": cfg.eval_task or cfg.task, **found,
-           "too_long": n - len(pairs), "mean_length": means["length"],
-           "truncated": means["truncated"], "seconds": seconds}
-    return row, samples
+    length, cut = (float(np.mean([s[f] for s in samples])) for f in ("length", "truncated"))
+    return {"step": step, "kind": "eval", "task": cfg.eval_task or cfg.task, **found,
+            "too_long": n - len(pairs), "mean_length": length, "truncated": cut,
+            "seconds": seconds}, samples
 
 
 def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
@@ -553,53 +550,28 @@ def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
     lines = b"".join(json.dumps(sample).encode() + b"\n" for sample in samples)
     save(folder / f"samples_{last['step']:06d}.jsonl", lines)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
-    for name in ("pass@k", "maj@k", "pass@1", "sampled_pass@1") if k else ("pass@1",):
+    for name in ("pass@k", "maj@k", "pass@1", "sampled_pass@1"):
         label = name.replace("@k", f"@{k}").replace("_", " ")
         top.plot(steps, [row[name] for row in rows], marker="o", label=label)
     title = f"{last['task']}, {last['n']} questions"
     top.set(ylabel="share of questions", ylim=(0, 1), title=title)
     top.legend()
-    group, kind = ("sampled_formats", "samples") if k else ("formats", "greedy completions")
-    names = list(last[group])
-    stacks = [[row[group].get(name, {"share": 0})["share"] for row in rows] for name in names]
-    bottom.stackplot(steps, *stacks, labels=names)
-    bottom.set(ylabel=f"share of {kind}", xlabel="RL step", ylim=(0, 1), xlim=(0, steps[-1] or 1))
+    parts = [row["sampled_formats"] for row in rows]
+    shares = [[part.get(name, {"share": 0})["share"] for part in parts] for name in parts[-1]]
+    bottom.stackplot(steps, *shares, labels=list(parts[-1]))
+    limits = dict(ylim=(0, 1), xlim=(0, max(1, steps[-1])))
+    bottom.set(ylabel="share of samples", xlabel="RL step", **limits)
     bottom.legend(loc="lower left")
     figure.savefig(folder / "echo.tmp", format="png", dpi=120)
     plt.close(figure)
     (folder / "echo.tmp").replace(folder / "echo.png")
 
 
-def optimal_shares(samples: list[dict], beta: float) -> dict[str, dict[str, float]]:
-    """The shares of the formats, by samples (place, format, reward) of the base, under two optima
-    of E[r] - beta KL(pi, base): the "full tilt" over all policies, base e^{r / beta} question by
-    question (arXiv 2510.20817), and the best "re-weighting" that keeps each format's own answers.
-    """
-    by_question, by_format = collections.defaultdict(list), collections.defaultdict(list)
-    for sample in samples:
-        by_question[sample["place"]].append(sample)
-        by_format[sample["format"]].append(sample["reward"])
-    tilt, reweighed = collections.Counter(), {}
-    for group in by_question.values():
-        most = max(sample["reward"] for sample in group)  # e^{(r - most) / beta} never overflows
-        weights = [math.exp((sample["reward"] - most) / beta) for sample in group]
-        for sample, weight in zip(group, weights):
-            tilt[sample["format"]] += weight / sum(weights) / len(by_question)
-    best = max(np.mean(rewards) for rewards in by_format.values())
-    for name, rewards in by_format.items():
-        reweighed[name] = len(rewards) * math.exp((np.mean(rewards) - best) / beta)
-    total = sum(reweighed.values())
-    return {"full tilt": dict(tilt), "re-weighting": {n: w / total for n, w in reweighed.items()}}
-
-
 # ---------------------------------------------------------------- the run
 
 
 def snapshot_steps(total: int) -> set[int]:
-    """0 and up to 15 steps from 1 to total, logarithmically spaced: where step_NNNNNN.pt is kept.
-
-    Nothing is kept where nothing is trained.
-    """
+    """Where step_NNNNNN.pt is kept: 0 and up to 15 steps, logarithmically spaced, to total > 0."""
     return {0} | {round(total ** (i / 14)) for i in range(15)} if total else set()
 
 
@@ -613,12 +585,8 @@ def main(cfg: Config) -> dict:
     train_set, test_set = load_run_questions(cfg.task, cfg.eval_task, *files, cfg.hub, total > 0)
     base, tokenizer = load_model(cfg.init_from, processes.device)
     encoding, room = get_tokenizer(tokenizer), base.config.context
-    train = fitting(train_set, encoding, room, cfg.max_new_tokens)
-    test = fitting(test_set, encoding, room, cfg.max_new_tokens)
-    if not test or total and not train:
-        raise UserError(f"no question fits: a context of {room} tokens less --max_new_tokens="
-                        f"{cfg.max_new_tokens} is too little, lower it or pretrain with a longer "
-                        "--context")
+    train = fitting("train", train_set, encoding, room, cfg.max_new_tokens)
+    test = fitting("test", test_set, encoding, room, cfg.max_new_tokens)
     inputs = {"base": base, "train questions": train_set, "test questions": test_set}
     # on a CPU a token waits for the cache, and in bfloat16 that was read no faster
     context = autocast(cfg.dtype, processes.device, amx=False)
@@ -637,16 +605,11 @@ def main(cfg: Config) -> dict:
             step, evaluations = state["step"], state["evaluations"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        del state  # a second copy of the weights
-        if evaluations and evaluations[-1]["step"] == total:
-            run.say(f"{run.folder} is finished: --overwrite=true starts it afresh")
-            return evaluations[-1]
-        if step:
+            del state  # a second copy of the weights
+            if evaluations and evaluations[-1]["step"] == total:
+                run.say(f"{run.folder} is finished: --overwrite=true starts it afresh")
+                return evaluations[-1]
             run.say(f"continuing {run.folder} at step {step}")
-        for name, whole, kept in (("train", train_set, train), ("test", test_set, test)):
-            if len(kept) < len(whole):
-                run.say(f"{len(whole) - len(kept)} of {len(whole)} {name} questions leave no room "
-                        "for --max_new_tokens in the context: passed over, in tests as wrong")
 
         def save_run() -> None:
             states = {name: part.state_dict() for name, part in parts.items()}
