@@ -6,32 +6,30 @@ ckpt.pt. Run it again to continue an unfinished run. `--help` lists the settings
 
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import difflib
-import hashlib
 import inspect
 import json
 import math
 import os
 import signal
 import sys
-import threading
 import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
-# OpenMP's threads spin while they wait for each other, unless told before torch is imported: what
-# that gains on an idle machine is little beside what it costs on one that does something else too
+# OpenMP's waiting threads would spin, which costs much on a machine that does something else too
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import UserError, cores, lock
+from data import UserError, cores, lock, reason
+from data.files import fingerprint, read_json, write_atomically, writing
 from data.mixture import Mixture, parse_mix
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer
@@ -39,7 +37,7 @@ from data.tokens import read_tokens, summary
 from model import GPT, GPTConfig
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     preset: Literal["tiny", "20m", "60m", "150m", "1b"] = "tiny"  # fills in what PRESETS names
     config: str = ""  # a .json of these fields, such as another run's config.json
@@ -92,9 +90,6 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- pretraining
-
-
 def main(cfg: Config) -> dict:
     """Trains until the mixture (or max_steps) is used up; returns the last evaluation row."""
     check_ranges(cfg)
@@ -102,8 +97,11 @@ def main(cfg: Config) -> dict:
     context = autocast(cfg.dtype, processes.device)
     mixture = load_mixture(cfg, processes)
     total = min(cfg.max_steps or mixture.steps, mixture.steps)
+    if cfg.batch_size < processes.world:
+        raise UserError(f"--batch_size={cfg.batch_size} is too few for {processes.world} ranks")
     model = build_model(cfg, get_tokenizer(cfg.tokenizer).n_vocab, processes.device)
-    optimizer = build_optimizer(cfg, model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(cfg.beta1, cfg.beta2),
+                                  weight_decay=cfg.weight_decay, fused=True)
     manifest, step, evaluation, stopping = mixture.manifest(), 0, {}, False
 
     def due(every: int) -> bool:
@@ -115,14 +113,16 @@ def main(cfg: Config) -> dict:
             optimizer.load_state_dict(state["optimizer"])
             step, evaluation = state["step"], state["evaluation"]
             del state  # a second copy of the weights
+        run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step}/{total}")
         if step == total == evaluation.get("step"):
             run.say(f"{run.folder} is finished: --overwrite=true starts it afresh")
             return evaluation
-        run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, at step {step} of "
-                f"{total}, each of {cfg.batch_size} x {cfg.context} tokens")
         content = json.dumps(manifest, indent=1).encode()
         processes.first(lambda: save(run.folder / "mixture.json", content))
-        ddp, trained, started = wrap(cfg, model, context, processes), 0, time.perf_counter()
+        module = compiled(model, processes.device) if cfg.compile else model
+        # the gradients live in DDP's buckets: no second copy of them
+        ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        trained, started = 0, time.perf_counter()
         while True:
             if due(cfg.eval_every) and evaluation.get("step") != step and not stopping:
                 losses = held_out_losses(model, mixture, cfg.micro_batch_size, context, run)
@@ -130,6 +130,7 @@ def main(cfg: Config) -> dict:
                     continue  # without this evaluation: who continues here begins with it
                 evaluation = {"step": step, "kind": "eval", "loss": losses}
                 run.write(evaluation)
+                run.say(" ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
                 trained, started = 0, time.perf_counter()
             if due(cfg.save_every) or stopping:
                 run.save({**model_state(model, cfg.tokenizer), "optimizer": optimizer.state_dict(),
@@ -147,9 +148,8 @@ def main(cfg: Config) -> dict:
                 loss, norm = report.tolist()  # the one place where the host waits for the device
                 speed = trained / (time.perf_counter() - started)
                 run.write({"step": step, "kind": "train", "loss": processes.sum(loss)[0],
-                           "learning_rate": rate, "grad_norm": norm,
-                           "tokens": step * cfg.batch_size * cfg.context,
-                           "tokens_per_second": speed})
+                           "learning_rate": rate, "grad_norm": norm, "tokens_per_second": speed,
+                           "tokens": step * cfg.batch_size * cfg.context})
                 trained, started = 0, time.perf_counter()
             if due(cfg.keep_every):
                 weights, file = model_state(model, cfg.tokenizer), f"step_{step:06d}.pt"
@@ -162,12 +162,8 @@ def main(cfg: Config) -> dict:
 def load_mixture(cfg, processes) -> Mixture:
     """The mixture of cfg, over token files that rank 0 makes where they are missing."""
     names, folder = parse_mix(cfg.mix)[0], Path(cfg.data_dir)
-
-    def prepare_all():
-        for name in names:
-            print(summary(prepare(name, cfg.tokenizer, folder, cfg.hub)))
-
-    processes.first(prepare_all)
+    for name in names:
+        processes.first(lambda: print(summary(prepare(name, cfg.tokenizer, folder, cfg.hub))))
     corpora = {name: read_tokens(folder / f"{name}-{cfg.tokenizer}.bin") for name in names}
     return Mixture(corpora, cfg.mix, cfg.tokens, cfg.context, cfg.batch_size, cfg.seed)
 
@@ -177,63 +173,32 @@ def build_model(cfg, vocab_size: int, device) -> GPT:
     if cfg.width % (2 * cfg.heads):
         raise UserError(f"--width={cfg.width} must be a multiple of 2 x --heads={cfg.heads}")
     torch.manual_seed(cfg.seed)
-    shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)[1:]}
+    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)[1:]}
     return GPT(GPTConfig(vocab_size, **shape)).to(device)
 
 
-def build_optimizer(cfg, model):
-    """AdamW; as in the study every weight decays, for there are no gains or biases to spare."""
-    betas, decay = (cfg.beta1, cfg.beta2), cfg.weight_decay
-    return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=decay, fused=True)
-
-
-def wrap(cfg, model, context, processes) -> DistributedDataParallel:
-    """What training steps call: the model, compiled where cfg asks for it and it works, in DDP."""
-    rows = -(-cfg.batch_size // processes.world)
-    if cfg.batch_size < processes.world:
-        raise UserError(f"--batch_size={cfg.batch_size} is too few for {processes.world} ranks")
-    blocks = torch.zeros(min(rows, cfg.micro_batch_size), cfg.context + 1, dtype=torch.long)
-    module = compiled(model, blocks.to(processes.device), context) if cfg.compile else model
-    # the gradients live in DDP's buckets: no second copy of them
-    return DistributedDataParallel(module, gradient_as_bucket_view=True)
-
-
-def compiled(model, blocks, context):
-    """torch.compile(model), tried on one forward and backward pass of `blocks` (B, T + 1).
-
-    Where that fails, for want of a compiler as a rule, a sentence and the model as it is.
-    """
+def compiled(model, device):
+    """torch.compile(model); as it is where that fails, for want of a compiler as a rule."""
     try:
-        faster = torch.compile(model, dynamic=False)
-        with context:
-            loss = next_token_loss(faster, blocks)
-        loss.backward()
-        model.zero_grad()
-        return faster
-    except torch.OutOfMemoryError:
-        raise
+        torch.compile(torch.exp)(torch.ones(8, device=device))
+        return torch.compile(model, dynamic=False)
     except RuntimeError as error:  # dynamo's and inductor's errors all are
-        print(f"going on without --compile, which fails here ({str(error).splitlines()[0]})")
+        print(f"going on without --compile, which fails here ({reason(error)})")
         return model
 
 
 def fetch(mixture, step: int, processes) -> tuple[torch.Tensor, int]:
-    """This rank's blocks (b, T + 1) of a step, on its device, and the targets of all ranks' blocks.
-
-    A GPU still works on the step before: a copy from pinned memory waits for nothing.
-    """
+    """This rank's blocks (b, T + 1) of a step, on its device; the number of all ranks' targets."""
     batch = mixture.batch(step)  # the same on every rank; each takes its rows
     mine = torch.from_numpy(batch[processes.rank :: processes.world])
     if processes.device.type == "cuda":
-        mine = mine.pin_memory()
+        mine = mine.pin_memory()  # its copy does not wait for the step before
     return mine.to(processes.device, non_blocking=True), int((batch[:, 1:] >= 0).sum())
 
 
 def schedule(progress: float, warmup: float, floor: float) -> float:
-    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine to `floor`.
-
-    `progress` in (0, 1] is the share of the run that is done after this update, so the first rate
-    is above 0.
+    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine to `floor`, at a
+    `progress` in (0, 1]: the share of the run that is done after the update, so that no rate is 0.
     """
     if progress < warmup:
         return progress / warmup
@@ -241,11 +206,9 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
 
 
 def train_step(ddp, optimizer, blocks, tokens: int, rate: float, cfg, context, processes):
-    """One update, at learning rate `rate`, on this rank's blocks (B, T + 1).
-
-    The loss is a sum divided by the `tokens` of all ranks, so that neither the split into
-    micro-batches nor the number of ranks changes it. Returns a report (2,): this rank's part of
-    the loss, and the norm of the gradient. It stays on the device: nothing waits for a GPU.
+    """One update, on this rank's blocks (B, T + 1). Returns (2,): its part of the loss, a sum over
+    the `tokens` targets of all ranks so that no way to split a batch changes it, and the norm of
+    the gradient; on the device, for nothing here waits for a GPU.
     """
     total, micro = 0.0, blocks.split(cfg.micro_batch_size)
     for i, part in enumerate(micro):
@@ -284,44 +247,34 @@ def held_out_losses(model, mixture, micro_batch_size: int, context, run) -> dict
     return losses
 
 
-# The rest is plumbing, for both scripts, and may be skipped: command line, processes, a run's
-# folder and log, checkpoints.
-
-# ---------------------------------------------------------------- command line
+# ------------- the rest is plumbing, for both scripts, and may be skipped
 
 
 def launch(main, cls, presets: dict) -> None:
     """Runs main(config) as a script: a user's mistake is one sentence, and exit status 2."""
     for stream in sys.stdout, sys.stderr:  # a terminal need not know every character
         stream.reconfigure(errors="replace", line_buffering=True)
-    status, sentence = 2, ""
     try:
-        return main(parse_config(cls, presets, sys.argv[1:]))
-    except UserError as error:  # raised by all ranks of a machine
-        sentence = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""
-    except KeyboardInterrupt:  # outside of a Run
-        status, sentence = 130, "stopped; the same command starts again"
-    except (RuntimeError, MemoryError) as error:
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if memory or "can't allocate memory" in str(error):  # on a CPU
-            sentence = "out of memory: lower --micro_batch_size (rl.py: or --sample_batch_size)"
-        elif "gloo" in str(error) and "by peer" in str(error):  # a connection was closed or reset
-            sentence = "another process of this run has died: its message is the one to read"
-        else:
+        main(parse_config(cls, presets, sys.argv[1:]))
+        dist.destroy_process_group()
+    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        memory = "out of memory: lower --micro_batch_size (rl.py: or --sample_batch_size)"
+        known = {"UserError: ": str(error), "MemoryError": memory, "can't allocate memory": memory,
+                 "KeyboardInterrupt": "stopped: the same command starts again",
+                 "by peer": "another process of this run has died: its message is the one to read"}
+        sentences = [known[part] for part in known if part in text]
+        if not sentences:
             raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if sentence:
-        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
-    sys.exit(status)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
+            print(f"{Path(sys.argv[0]).name}: {sentences[0]}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_config(cls, presets: dict, argv: list[str]):
-    """An instance of dataclass `cls`, from its defaults < presets < --config=FILE.json < flags.
+    """An instance of dataclass `cls`: defaults < presets < --config=FILE.json < --key=value.
 
-    Every preset applies whose words are all among the chosen preset and algo. Flags read
-    --key=value or --key value. Raises UserError on what it does not know, with the nearest name.
+    Every preset applies whose words are all among the chosen preset and algo.
     """
     if "--help" in argv:
         print(inspect.getsource(cls), "presets:", json.dumps(presets, indent=1), sep="\n")
@@ -330,41 +283,28 @@ def parse_config(cls, presets: dict, argv: list[str]):
     while rest:
         name, equals, text = rest.pop(0).partition("=")
         texts[name.removeprefix("--")] = text if equals or not rest else rest.pop(0)
-    stored = read_config(texts["config"]) if texts.get("config") else {}
+    stored = read_json(texts["config"]) if texts.get("config") else {}
     stored.pop("run", None)  # what a run says of itself
     for name, value in (stored | texts).items():
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, 1, 0.5) or ["help"]
             raise UserError(f"--{name} is unknown: did you mean --{close[0]}?")
-        flags[name] = parse_value(name, str(value), kinds[name])
+        kind, text = kinds[name], str(value)
+        choices = {"true": True, "false": False} if kind is bool else {c: c for c in get_args(kind)}
+        try:
+            flags[name] = choices[text.lower()] if choices else kind(text)
+        except (KeyError, ValueError):
+            wanted = ", ".join(choices) or {int: "a whole number", float: "a number"}[kind]
+            raise UserError(f"--{name}={text} should be {wanted}") from None
     chosen, values = {(vars(cls) | flags).get(field) for field in ("preset", "algo")}, {}
     for words, preset in presets.items():
         values |= preset if set(words.split()) <= chosen else {}
     return cls(**values | flags)
 
 
-def parse_value(name: str, text: str, kind):
-    """`text` as int, float, bool, str or one of a Literal."""
-    choices = {"true": True, "false": False} if kind is bool else {c: c for c in get_args(kind)}
-    try:
-        return choices[text.lower()] if choices else kind(text)
-    except (KeyError, ValueError):
-        wanted = ", ".join(choices) or {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"--{name}={text} should be {wanted}") from None
-
-
-def read_config(file) -> dict:
-    """What a config.json holds."""
-    try:
-        return dict(json.loads(Path(file).read_text(encoding="utf-8-sig")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is no configuration in JSON ({error}): bring it back, or choose "
-                        "another") from None
-
-
-RANGES = {  # of the numbers that are not just above 0
-    "tokens warmup_steps weight_decay max_steps keep_every seed": "0 <= x < inf",
-    "kl_coef eval_k eval_temperature": "0 <= x < inf",
+RANGES = {  # of the numbers that need not just be above 0
+    "tokens warmup_steps weight_decay max_steps keep_every seed kl_coef eval_k eval_temperature":
+        "0 <= x < inf",
     "beta1 beta2 warmup": "0 <= x < 1",
     "min_learning_rate gae_lambda": "0 <= x <= 1",
     "top_p eval_top_p": "0 < x <= 1",
@@ -379,9 +319,6 @@ def check_ranges(cfg) -> None:
             raise UserError(f"--{name}={x} is out of its range: {rule}")
 
 
-# ---------------------------------------------------------------- processes
-
-
 class Processes(NamedTuple):
     rank: int
     world: int
@@ -390,7 +327,8 @@ class Processes(NamedTuple):
     def sum(self, *values: float) -> list[float]:
         """Each value, added up over the ranks; on the CPU, so that no GPU is waited for."""
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        if self.world > 1:
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value) -> list:
@@ -416,22 +354,22 @@ def setup_distributed(device: str) -> Processes:
     local = int(os.environ.get("LOCAL_RANK", 0))
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
-    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    place = torch.device(f"cuda:{local}" if cuda else "cpu")
+    if cuda and torch.cuda.device_count() < neighbours:
+        raise UserError(f"--device=cuda needs {neighbours} GPU(s), one for each process on this "
+                        f"machine, and torch sees {torch.cuda.device_count()}")
     if cuda:
-        if torch.cuda.device_count() < neighbours:
-            raise UserError(f"--device=cuda: {neighbours} process(es) need a GPU each, and torch "
-                            f"sees {torch.cuda.device_count()}")
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")
     elif neighbours > 1:
         torch.set_num_threads(max(1, cores() // neighbours))
-    # glibc hands large freed blocks back to the kernel, which zeroes them again at every
-    # allocation: keeping them doubles the speed of a small model
+    # glibc hands large freed blocks back to the kernel, to be zeroed at each new allocation; to
+    # keep them doubles the speed of a small model (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
     with contextlib.suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL("libc.so.6").mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        ctypes.CDLL("libc.so.6").mallopt(-3, 32 << 20)
+        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)
     if not dist.is_initialized():
-        group = {"timeout": datetime.timedelta(days=7)}  # while rank 0 makes a corpus
+        group = {"timeout": datetime.timedelta(days=7)}  # rank 0 may make a corpus first
         if "RANK" not in os.environ:
             group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **group)
@@ -439,104 +377,90 @@ def setup_distributed(device: str) -> Processes:
 
 
 def autocast(dtype: str, device, amx: bool = True):
-    """The autocast context of --dtype: "auto" is bfloat16 on cuda, and on a CPU with units for it
-    (AMX) unless the caller gains nothing by them.
-    """
+    """bfloat16 or nothing; "auto": on cuda, and where `amx` on a CPU with units for it."""
     fast = device.type == "cuda" or amx and torch.cpu.get_capabilities().get("amx_bf16", False)
-    enabled = dtype == "bfloat16" or dtype == "auto" and fast
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    enabled = fast if dtype == "auto" else dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled)
 
 
-# ---------------------------------------------------------------- the run's folder
-
-FREE = (  # what may change when a run continues, for its result does not depend on it
-    "run preset config out_dir overwrite data_dir hub device compile micro_batch_size "
-    "sample_batch_size time_limit log_every eval_every save_every keep_every "
-    "init_from questions eval_questions").split()  # of these the content is compared
+FREE = (  # what may change when a run continues: no result depends on it, or `inputs` has it
+    "run preset config out_dir overwrite data_dir hub init_from questions eval_questions device "
+    "micro_batch_size sample_batch_size time_limit compile log_every eval_every save_every "
+    "keep_every").split()
+DIVERGED = ("not all numbers are finite, and the last checkpoint is kept: start again with a lower "
+            "--learning_rate and another --out_dir")
 
 
 class Run:
-    """The folder of a run: `with Run(cfg, processes, total, inputs) as run`, on all ranks.
-
-    Within it the folder is locked, and Ctrl-C and SIGTERM are noted, for the loop to save first.
-    `inputs` names what the run reads: it continues on the same content and with the same settings,
-    but for FREE. Raises UserError where the folder belongs to another run.
+    """A run's folder, cfg.out_dir. Within `with Run(...) as run`, on all ranks, it is locked, and
+    Ctrl-C and SIGTERM are noted, for the loop to save first. A run continues with the same
+    settings, but for FREE, and the same content of `inputs`, its weights or data by their names.
     """
 
     def __init__(self, cfg, processes, total: int, inputs: dict):
         self.processes, self.total, self.overwrite = processes, total, cfg.overwrite
-        self.folder, self.stop_seen = Path(cfg.out_dir), False
+        self.folder, self.stop_seen, self.held = Path(cfg.out_dir), False, contextlib.ExitStack()
         self.log, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "ckpt.pt"
         inputs = {f"content of {name}": fingerprint(value) for name, value in inputs.items()}
         where = {"argv": sys.argv, "torch_version": str(torch.__version__), "inputs": inputs,
                  "device": str(processes.device), "world_size": processes.world}
-        self.config = dataclasses.asdict(cfg) | {"run": where}
+        self.config = asdict(cfg) | {"run": where}
 
     def __enter__(self):
-        with contextlib.ExitStack() as held:
-            self.processes.first(lambda: held.enter_context(self.claim()))
-            hidden = self.processes.rank > 0 or None  # None: hidden unless on a terminal
-            self.bar = held.enter_context(tqdm(total=self.total, unit="step", disable=hidden))
-            if threading.current_thread() is threading.main_thread():
-                for number in signal.SIGINT, signal.SIGTERM:
-                    held.callback(signal.signal, number, signal.signal(number, self.note))
-            self.held = held.pop_all()
+        self.processes.first(self.claim)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.held.callback(signal.signal, number, signal.signal(number, self.note))
+        hidden = self.processes.rank > 0 or None  # None: hidden unless on a terminal
+        self.bar = self.held.enter_context(tqdm(total=self.total, unit="step", disable=hidden))
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error):
         self.held.close()
 
     def note(self, number, frame) -> None:
-        """Notes a signal. A second one is not held back, unless it is torchrun's copy of it."""
         self.stop_seen = True
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, signal.SIG_DFL)
 
     def stopping(self) -> bool:
         """Whether any rank has seen a signal: all ranks stop at the same step."""
         return self.processes.sum(self.stop_seen)[0] > 0
 
-    def claim(self):
-        """Makes the folder and its config.json, or sees that they are this run's; returns the
-        locked log.
-        """
-        folder, file, instead = self.folder, self.folder / "config.json", "choose another --out_dir"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            used = {entry for entry in folder.iterdir() if entry.stat().st_size}
-            theirs = read_config(file) if file in used else {}
-            run = "inputs" in theirs.get("run", {})
-            if not run and used & (used if self.overwrite else {file, self.log, self.checkpoint}):
-                raise UserError(f"{folder} is not the folder of a run: {instead}")
+    def claim(self) -> None:
+        """Locks the folder, and makes it this run's, or sees that it is."""
+        file, instead = self.folder / "config.json", "choose another --out_dir"
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            used = {x for x in self.folder.iterdir() if x.suffix != ".tmp" and x.stat().st_size}
+            theirs = read_json(file) if file in used else {}
+            known = theirs.get("run", {}).get("inputs", {})
+            if used and not known:
+                raise UserError(f"{self.folder} is not the folder of a run: {instead}")
             log = open(self.log, "ab")
             if not lock(log):
-                raise UserError(f"another process works in {folder}: wait for it, or {instead}")
+                raise UserError(f"another process works in {self.folder}: wait, or {instead}")
             for entry in used - {file, self.log} if self.overwrite else ():
                 if entry.is_file():
                     entry.unlink()
-        if self.overwrite or not run:
+        ours, theirs = self.config | self.config["run"]["inputs"], theirs | known
+        changes = [f"{name} ({theirs.get(name)} there, {ours[name]} here)" for name in ours
+                   if name not in FREE and theirs.get(name) != ours[name]]
+        if self.overwrite or not known:
             save(file, json.dumps(self.config, indent=1).encode())
-        elif changes := self.changes(theirs):
-            raise UserError(f"{folder} holds a run with another {changes}: {instead}, or "
-                            "--overwrite=true to delete that run")
-        return log
-
-    def changes(self, theirs: dict) -> str:
-        """What differs between this run's config.json and `theirs`, and must not."""
-        ours, theirs = (config | config["run"]["inputs"] for config in (self.config, theirs))
-        return ", ".join(f"{name} ({theirs.get(name)} there, {ours[name]} here)" for name in ours
-                         if name not in FREE and theirs.get(name) != ours[name])
+        elif changes:
+            raise UserError(f"{self.folder} holds a run with another {', '.join(changes)}: "
+                            f"{instead}, or --overwrite=true to delete that run")
+        self.held.enter_context(log)
 
     def load(self) -> dict | None:
-        """The checkpoint to continue from, None for a new run; a second copy of the weights, for
-        the caller to drop. Rows behind it go from the log: they come again.
+        """The checkpoint to continue from, or None: a second copy of the weights, drop it soon.
+        Rows behind it go from the log: they come again.
         """
-        state, size = None, 0
-        if self.checkpoint.exists():
+        state = {"log_size": 0, "step": 0}
+        if there := self.checkpoint.exists():
             state = load_checkpoint(self.checkpoint, self.processes.device)
-            size, self.bar.initial, self.bar.n = state["log_size"], state["step"], state["step"]
-        self.processes.first(lambda: self.cut_log(size))
-        return state
+        self.bar.n = state["step"]
+        self.processes.first(lambda: self.cut_log(state["log_size"]))
+        return state if there else None
 
     def cut_log(self, size: int) -> None:
         if self.log.stat().st_size < size:
@@ -546,102 +470,60 @@ class Run:
 
     def save(self, state: dict) -> None:
         """ckpt.pt, atomically. All ranks call it; what fails on rank 0 ends them all."""
-        state["config"], state["log_size"] = self.config, self.log.stat().st_size
-        self.processes.first(lambda: save(self.checkpoint, state))
+        self.processes.first(lambda: save(self.checkpoint, {
+            **state, "config": self.config, "log_size": self.log.stat().st_size}))
 
     def write(self, row: dict) -> None:
-        """Appends a row to metrics.jsonl, and shows it: a training step's in the bar, if there is
-        one. Raises UserError on a number that is not finite.
-        """
-        try:
-            line = json.dumps(row, allow_nan=False)
-        except ValueError:
-            raise UserError(f"{DIVERGED}: {row}") from None
+        """Appends a row to metrics.jsonl, and shows it if of a training step. Raises UserError."""
+        line = json.dumps(row)
+        if "NaN" in line or "Infinity" in line:
+            raise UserError(f"{DIVERGED}: {line}")
         if self.processes.rank == 0:
             with writing(self.log), open(self.log, "a") as file:
                 print(line, file=file)
-        text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)))
         if row["kind"] == "train":
-            self.bar.set_postfix_str(text)
-            if self.bar.disable:
-                self.say(text)
+            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            self.say(" ".join(f"{name} {x:.4g}" for name, x in numbers.items()))
 
     def say(self, text: str) -> None:
         if self.processes.rank == 0:
             tqdm.write(text)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-DIVERGED = ("not all numbers are finite, and the last checkpoint is kept: start again with a lower "
-            "--learning_rate and another --out_dir")
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """What fails while `path` is written becomes a sentence."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save's is a RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"{path} could not be written ({reason}): mend that and start again, "
-                        "what was there is intact") from None
-
-
 def save(path: Path, content) -> None:
-    """Writes bytes, or a state with torch.save, beside `path`, then renames: a reader sees the old
-    file or the new one. Raises UserError, also where weights are not finite.
-    """
-    temporary, state = path.with_name(path.name + ".tmp"), isinstance(content, dict)
-    for part in ("model", "critic") if state else ():
-        if not all(w.isfinite().all() for w in content.get(part, {}).values()):
+    """Writes bytes, or a state whose weights are finite, atomically. Raises UserError."""
+    if isinstance(content, bytes):
+        return write_atomically(path, lambda file: file.write(content))
+    for part in ("model", "critic"):
+        if not all(weight.isfinite().all() for weight in content.get(part, {}).values()):
             raise UserError(f"{DIVERGED}: weights of the {part}")
-    with writing(path):
-        with open(temporary, "wb") as file:
-            torch.save(content, file) if state else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # some file systems say only now that they are full
-        os.replace(temporary, path)
-
-
-def fingerprint(value) -> str:
-    """A short checksum of a model's weights, or of plain data."""
-    if isinstance(value, torch.nn.Module):
-        value = {name: hashlib.sha256(weight.cpu().numpy()).hexdigest()
-                 for name, weight in value.state_dict().items()}
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: Path, device) -> dict:
     """A state that `save` wrote; unpickles tensors and plain types only."""
     try:
-        return dict(torch.load(path, map_location=device, weights_only=True))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run `torchrun pretrain.py` first, or name "
-                        "another run") from None
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {**state, "gpt": GPTConfig(**state["gpt"])}
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # zipfile, pickle and torch each have errors of their own for a damaged file
-        raise UserError(f"{path} is not a readable checkpoint: delete it, or name "
-                        "another") from None
+    except Exception as error:  # zipfile, pickle and torch have their own for a damaged file
+        why = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise UserError(f"{path} {why}: run pretrain.py, name another --init_from, or start this "
+                        "run afresh with --overwrite=true") from None
 
 
 def model_state(model, tokenizer: str) -> dict:
     """What load_model needs."""
-    return {"model": model.state_dict(), "gpt": dataclasses.asdict(model.config),
-            "tokenizer": tokenizer}
+    return {"model": model.state_dict(), "gpt": asdict(model.config), "tokenizer": tokenizer}
 
 
 def load_model(path, device) -> tuple[GPT, str]:
     """The model of a run's folder or of a .pt file, and the name of its tokenizer."""
-    file = Path(path) if str(path).endswith(".pt") else Path(path) / "ckpt.pt"
-    state = load_checkpoint(file, "cpu")
-    try:
-        model, tokenizer = GPT(GPTConfig(**state["gpt"])), state["tokenizer"]
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise UserError(f"{file} is no checkpoint of this code: pretrain it again") from None
-    return model.to(device), tokenizer
+    state = load_checkpoint(Path(path) / "ckpt.pt" if Path(path).is_dir() else path, "cpu")
+    model = GPT(state["gpt"])
+    model.load_state_dict(state["model"])
+    return model.to(device), state["tokenizer"]
 
 
 if __name__ == "__main__":
