@@ -177,11 +177,11 @@ def build_model(cfg, vocab_size: int, device) -> GPT:
     return GPT(GPTConfig(vocab_size, **shape)).to(device)
 
 
-def compiled(model, device):
+def compiled(model, device, dynamic=False):
     """torch.compile(model); as it is where that fails, for want of a compiler as a rule."""
     try:
         torch.compile(torch.exp)(torch.ones(8, device=device))
-        return torch.compile(model, dynamic=False)
+        return torch.compile(model, dynamic=dynamic)
     except RuntimeError as error:  # dynamo's and inductor's errors all are
         print(f"going on without --compile, which fails here ({reason(error)})")
         return model

@@ -302,6 +302,7 @@ class Batch:
     index: torch.Tensor  # (B,) which of the prompts a row continues
     tokens: torch.Tensor  # (B, T) the completion
     mask: torch.Tensor  # (B, T) true on it, its end-of-text token included
+    kept: torch.Tensor  # (n,) where the mask is true, in B * T: asking a GPU would wait for it
     reward: torch.Tensor  # (B,)
     advantage: torch.Tensor  # (B, 1), of ppo (B, T)
     sampled_logp: torch.Tensor  # (B,) of the whole completion, as the sampler saw it
@@ -319,7 +320,8 @@ def make_batch(rows: list[Row], advantage, device) -> Batch:
     reward = torch.tensor([row.score.reward for row in rows])
     sampled = torch.tensor([row.logp for row in rows])
     prompts = distinct([row.prompt for row in rows])
-    tensors = *prompts, tokens.long(), mask, reward, advantage[:, None], sampled
+    kept = mask.flatten().nonzero()[:, 0]
+    tensors = *prompts, tokens.long(), mask, kept, reward, advantage[:, None], sampled
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 
@@ -331,12 +333,13 @@ def completion_states(gpt: GPT, batch: Batch) -> torch.Tensor:
     shared = SharedPrompts(batch.prompt_lengths, batch.index)
     first = gpt.hidden(batch.prompts, shared, batch.prompt_lengths - 1)  # (U, 1, C)
     rest = gpt.hidden(batch.tokens[:, :-1], shared)  # (B, T - 1, C)
-    return torch.cat((first[batch.index], rest), dim=1)[batch.mask]
+    return torch.cat((first[batch.index], rest), dim=1).flatten(0, 1)[batch.kept]
 
 
-def unflatten(values, mask) -> torch.Tensor:
+def unflatten(values, batch: Batch) -> torch.Tensor:
     """(n,) values of the kept tokens back in their places (B, T), zero elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    places = values.new_zeros(batch.mask.numel()).index_copy(0, batch.kept, values)
+    return places.view(batch.mask.shape)
 
 
 class Policy(nn.Module):
@@ -347,9 +350,9 @@ class Policy(nn.Module):
         self.gpt, self.temperature = gpt, temperature
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        states, tokens = completion_states(self.gpt, batch), batch.tokens[batch.mask]
+        states, tokens = completion_states(self.gpt, batch), batch.tokens.flatten()[batch.kept]
         logp = token_logps(states, self.gpt.head.weight, tokens, self.temperature)
-        return unflatten(logp, batch.mask)
+        return unflatten(logp, batch)
 
 
 class Critic(nn.Module):
@@ -364,7 +367,7 @@ class Critic(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         value = self.gpt.head(completion_states(self.gpt, batch))  # (n, 1)
-        return unflatten(value.float()[:, 0], batch.mask)
+        return unflatten(value.float()[:, 0], batch)
 
 
 # ---------------------------------------------------------------- updates
@@ -452,9 +455,10 @@ def estimate_advantages(batches: list[Batch], lab: Lab) -> dict:
         b.advantage, b.returns = gae(reward, b.old_value, b.mask, cfg.gae_lambda)
 
     def moments(values) -> tuple[float, float]:
-        """Mean and variance over the tokens of all ranks."""
-        x = torch.cat([values(b)[b.mask] for b in batches] or [torch.zeros(0)]).double()
-        total, square, n = processes.sum(float(x.sum()), float((x**2).sum()), len(x))
+        """Mean and variance over the tokens of all ranks; all values are 0 outside the mask."""
+        x = torch.cat([values(b).flatten() for b in batches] or [torch.zeros(0)]).double()
+        count = sum(len(b.kept) for b in batches)
+        total, square, n = processes.sum(float(x.sum()), float((x**2).sum()), count)
         return total / n, max(square / n - (total / n) ** 2, 0.0)
 
     mean, variance = moments(lambda b: b.advantage)

@@ -20,7 +20,7 @@ from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from pretrain import Processes, autocast, parse_config, save, setup_distributed
 from rl import Batch, Config, Critic, Lab, Policy, Row, Trainer
-from test_pretrain import SERVER, killed_at_file_event, run
+from test_pretrain import SERVER, Spy, killed_at_file_event, run
 from verify import Score
 
 CPU = Processes(0, 1, torch.device("cpu"))
@@ -351,6 +351,25 @@ def test_a_minibatch_is_of_whole_groups_dealt_evenly_and_shared_out_to_the_ranks
     assert len(seen) == 40 and len(set(map(tuple, seen))) >= 10
 
 
+def test_an_update_never_waits_for_the_device():
+    """A .item() or a mask's indices in a micro-batch would idle a GPU until the host answers."""
+    spies = []
+
+    def watched(trainer):
+        update = trainer.update
+
+        def spying(*args):
+            with Spy() as spy:
+                spies.append(spy)
+                return update(*args)
+
+        trainer.update = spying
+
+    learned(algo="ppo", hook=watched)
+    assert len(spies) == 4 and all("mm" in spy.names for spy in spies)
+    assert not set.union(*(spy.names for spy in spies)) & {"_local_scalar_dense", "nonzero"}
+
+
 SPREAD = {  # over two ranks: one group of three, so one rank has more rows, or all
     "ppo": dict(algo="ppo", minibatch_size=4), "grpo": dict(algo="grpo"),
     "reinforce": dict(algo="reinforce", minibatch_size=8), "ei": dict(algo="ei", minibatch_size=2),
@@ -635,8 +654,8 @@ def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_p
     (dict(algo="grpo", group_size=1), "--group_size=1 gives grpo nothing to compare"),
     (dict(algo="ppo", top_p=0.95), "use --top_p=1"), (dict(algo="grpo", top_p=0.9), "--top_p=1"),
     (dict(group_size=3), "--minibatch_size=4 would tear groups apart"),
-    (dict(init_from="nowhere"), "nowhere/ckpt.pt"), (dict(task="toyy"), "toyy"),
-    (dict(questions="none.jsonl"), "none.jsonl"), (dict(max_new_tokens=250), "no question fits"),
+    (dict(init_from="nowhere"), "nowhere does not exist"), (dict(task="toyy"), "toyy"),
+    (dict(questions="none.jsonl"), "none.jsonl"), (dict(max_new_tokens=250), "no train question fits"),
     (dict(temperature=0.0), "--temperature=0.0"), (dict(kl_coef=-1.0), "--kl_coef=-1.0"),
     (dict(learning_rate=1e30), "--learning_rate"), (dict(eval_temperature=np.nan), "nan"),
 ])
