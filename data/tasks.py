@@ -118,7 +118,18 @@ def load_run_questions(task: str, eval_task: str, questions: str, eval_questions
     return train, test
 
 
-def fitting(questions: list[Question], encoding, context: int, room: int) -> list[tuple]:
-    """(question, ids of its prompt) of each where these leave `room` tokens of the context."""
+def fitting(name: str, questions: list[Question], encoding, context: int, room: int) -> list[tuple]:
+    """(question, ids of its prompt) of each where these leave `room` tokens of the context.
+
+    Rank 0 says how many do not. Raises UserError where none does.
+    """
     pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
-    return [(q, ids) for q, ids in pairs if len(ids) + room <= context]
+    pairs = [(q, ids) for q, ids in pairs if len(ids) + room <= context]
+    if questions and not pairs:
+        raise UserError(f"no {name} question fits: a context of {context} tokens less "
+                        f"--max_new_tokens={room} is too little, lower it or pretrain with a "
+                        "longer --context")
+    if len(pairs) < len(questions) and os.environ.get("RANK", "0") == "0":
+        print(f"{len(questions) - len(pairs)} of {len(questions)} {name} questions leave no room "
+              "for --max_new_tokens in the context: passed over, in tests as wrong", flush=True)
+    return pairs

@@ -9,24 +9,22 @@ import copy
 import itertools
 import math
 import random
-import resource
 import sys
-import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pretrain  # noqa: E402
+import pretrain  # noqa: E402  before torch: it sets how threads wait
+import torch  # noqa: E402
+
 import rl as echo  # noqa: E402  for a command is called rl
 from data import UserError, toy  # noqa: E402
 from data.tasks import Question  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from hostile import CHEATS, CODE  # noqa: E402
-from model import GPT, GPTConfig, generate  # noqa: E402
+from model import GPTConfig, generate  # noqa: E402
 from verify import score_batch  # noqa: E402
 
 
@@ -37,13 +35,15 @@ def show(title: str, rows: dict[str, str]) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: what torch has held on a GPU, or the process on a CPU."""
+    """Bytes: what torch has held on a GPU, or the process on a CPU; NaN where no one counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if MAC else 1024)
-
-
-MAC = sys.platform == "darwin"  # which counts bytes where Linux counts KiB
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def train(argv: list[str]) -> None:
@@ -68,7 +68,7 @@ def train(argv: list[str]) -> None:
     if processes.rank > 0:
         return
     place = f"{processes.device}, {processes.world} rank(s), {torch.get_num_threads()} thread(s)"
-    show(f"train --preset={cfg.preset} on {place}", {
+    rows = {
         "parameters": f"{N:,}",
         "step": f"{cfg.batch_size} x {cfg.context} tokens, {cfg.micro_batch_size} rows at a time",
         "tokens/s": f"{tokens / best:,.0f} (median {tokens / median:,.0f})",
@@ -76,7 +76,8 @@ def train(argv: list[str]) -> None:
                    f"{6 * N * tokens / best / 1e9:,.1f} as 6 x parameters",
         "MFU": f"{flops * tokens / best / peak / processes.world:.1%}" if peak else "not known",
         "peak memory": f"{peak_memory(processes.device) / 1e9:.2f} GB",
-    })  # fmt: skip
+    }
+    show(f"train --preset={cfg.preset} on {place}", rows)
 
 
 def vocabulary(tokenizer: str) -> int:
@@ -91,7 +92,7 @@ LATEX = [  # an answer and another spelling of it, for every n
     (r"(-\infty, N) \cup [N+3, \infty)", r"x < N \text{ or } x \ge N+3"),
     (r"N\frac{2}{3}", r"\frac{3 \cdot N + 2}{3}"),
     (r"\begin{pmatrix} N \\ \frac{1}{2} \end{pmatrix}", r"\begin{pmatrix}N\\0.5\end{pmatrix}"),
-]  # fmt: skip
+]
 
 
 def verify(argv: list[str]) -> None:
@@ -109,7 +110,7 @@ def verify(argv: list[str]) -> None:
         rows[name] = f"{len(completions):12,}{speed}{seconds:9.2f}{right / len(completions):9.1%}"
 
     written = {write.__name__.removeprefix("write_"): [write(story, rng) for story in stories]
-               for write in (toy.write_tinygsm, toy.write_omi1, toy.write_omi2)}  # fmt: skip
+               for write in (toy.write_tinygsm, toy.write_omi1, toy.write_omi2)}
     score_batch(written["tinygsm"], golds)  # the servers have started
     for name, completions in written.items():
         measure(name, completions, golds)
@@ -118,15 +119,14 @@ def verify(argv: list[str]) -> None:
     few = written["tinygsm"][:502]
     measure("tinygsm, 512", written["tinygsm"][:512], golds[:512])
     measure("tinygsm, 10 of 512 loop", [*few[:251], *[LOOP] * 10, *few[251:]],
-            [*golds[:251], *["0"] * 10, *golds[251:502]])  # fmt: skip
+            [*golds[:251], *["0"] * 10, *golds[251:502]])
     hostile = [*CODE.values(), *CHEATS.values()]
     measure("hostile, none that loops", hostile, ["42"] * len(hostile))
     show("verify: completions scored", rows)
 
 
 def sample(argv: list[str]) -> None:
-    """Tokens a second of model.generate on random weights, best of --max_steps (3) rounds; and of
-    the package transformers where it is installed: a Llama of the same shape, asked the same.
+    """Tokens a second of model.generate on random weights, best of --max_steps (3) rounds.
 
     256 prompts of 48 tokens. Mixed lengths: each token ends its completion with the probability
     at which the mean length is 30% of the limit; only tokens up to the end count.
@@ -137,147 +137,66 @@ def sample(argv: list[str]) -> None:
     V, B, P = vocabulary(cfg.tokenizer), 256, 48
     model = pretrain.build_model(cfg, V, device).eval()
     model.head.bias = torch.nn.Parameter(torch.zeros(V, device=device))
-    prompts = torch.randint(1, V, (B, P), device=device)  # 0 is what ends a completion
-
-    def ours(N: int, eos: int) -> int:
-        seeds = [torch.Generator().manual_seed(i) for i in range(B)]
-        return int(generate(model, prompts.tolist(), N, eos, seeds)[1].sum())
-
-    engines = {"model.generate": (model.head, ours)}
-    try:
-        import transformers
-
-        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=V, hidden_size=cfg.width, intermediate_size=4 * cfg.width,
-            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, eos_token_id=None,
-            tie_word_embeddings=cfg.tied)).to(device).eval()  # fmt: skip
-        llama.lm_head.bias = torch.nn.Parameter(torch.zeros(V, device=device))
-
-        def theirs(N: int, eos: int) -> int:
-            ends = {} if eos < 0 else {"eos_token_id": eos, "pad_token_id": eos}
-            ids = llama.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
-                                 top_k=0, max_new_tokens=N, **ends)[:, P:]  # fmt: skip
-            return int(((ids == eos).cumsum(1) - (ids == eos).long() == 0).sum())
-
-        engines["transformers"] = llama.lm_head, theirs
-    except ImportError:
-        pass
-
+    prompts = torch.randint(1, V, (B, P)).tolist()  # 0 is what ends a completion
     speeds, lengths = {}, {}
-    for _ in range(cfg.max_steps or 3):  # in turns: what slows the machine slows all alike
+    for _ in range(cfg.max_steps or 3):
         for N, eos in ((64, -1), (160, -1), (64, 0), (160, 0)):
-            for name, (head, run) in engines.items():
-                p = 3.2 / N
-                head.bias.data[0] = math.log((V - 1) * p / (1 - p)) if eos == 0 else 0.0
-                began = time.perf_counter()
-                with pretrain.autocast(cfg.dtype, device):
-                    tokens = run(N, eos)
-                row = f"{name}, {N} {'at most' if eos == 0 else 'tokens'}"
-                speeds.setdefault(row, []).append(tokens / (time.perf_counter() - began))
-                lengths.setdefault(row, []).append(tokens / B)
-    N = sum(p.numel() for p in model.parameters())
-    show(f"sample: {B} prompts of {P} tokens, {N:,} parameters, {device}, "
-         f"{torch.get_num_threads()} thread(s)",
-         {row: f"{max(s):9,.0f} tokens/s, mean length {sum(lengths[row]) / len(s):5.1f}"
-          for row, s in speeds.items()})  # fmt: skip
+            p = 3.2 / N
+            model.head.bias.data[0] = math.log((V - 1) * p / (1 - p)) if eos == 0 else 0.0
+            generators = [torch.Generator().manual_seed(i) for i in range(B)]
+            began = time.perf_counter()
+            with pretrain.autocast(cfg.dtype, device):
+                tokens = int(generate(model, prompts, N, eos, generators)[1].sum())
+            row = f"{N} {'at most' if eos == 0 else 'tokens'}"
+            speeds.setdefault(row, []).append(tokens / (time.perf_counter() - began))
+            lengths[row] = tokens / B
+    N, threads = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
+    rows = {row: f"{max(s):9,.0f} tokens/s, mean length {lengths[row]:5.1f}"
+            for row, s in speeds.items()}
+    show(f"sample: {B} prompts of {P} tokens, {N:,} parameters, {device}, {threads} thread(s)", rows)
 
 
 def rl(argv: list[str]) -> None:
     """A step of rl.py, grpo on 256 completions of 60 tokens after prompts of 48 by a GPT of 1.2M
     random weights: the best and the median of --max_steps (5). The verifier reads what the toy's
-    authors wrote, as a trained model would. Where the package trl is installed, a step of its
-    GRPOTrainer too.
+    authors wrote, as a trained model would.
     """
     defaults = ["--algo=grpo", "--max_new_tokens=60", "--max_steps=5"]
     cfg = pretrain.parse_config(echo.Config, echo.PRESETS, [*defaults, *argv])
     processes, encoding = pretrain.setup_distributed(cfg.device), get_tokenizer("toy")
-    shape, context = (
-        dict(width=128, layers=4, heads=4),
-        pretrain.autocast(cfg.dtype, processes.device),
-    )
-    base = pretrain.build_model(pretrain.Config(**shape), encoding.n_vocab, processes.device)
-    network = echo.Policy(copy.deepcopy(base), cfg.temperature)
-    policy = echo.Trainer(network, cfg.learning_rate, cfg, processes)
-    reference = echo.Policy(base, cfg.temperature).requires_grad_(False)
-    rng, stories = random.Random(0), toy.problems("train", 0)
-    asked = [next(stories) for _ in range(cfg.prompts_per_step)]
-    pairs = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])
-             for story in asked]  # fmt: skip
-    asked, pairs = ([x for x in xs for _ in range(cfg.group_size)] for xs in (asked, pairs))
+    shape = pretrain.Config(width=128, layers=4, heads=4)
+    base = pretrain.build_model(shape, encoding.n_vocab, processes.device)
+    nothing = mock.Mock(processes=processes, stop_seen=False, **{"stopping.return_value": False})
+    lab = echo.Lab(cfg, nothing, encoding, pretrain.autocast(cfg.dtype, processes.device))
+    policy = echo.Trainer(echo.Policy(copy.deepcopy(base), cfg.temperature), 1e-4, cfg)
+    critic = cfg.algo == "ppo" and echo.Trainer(echo.Critic(base), 1e-4, cfg)
+    reference, rng = echo.Policy(base, cfg.temperature), random.Random(0)
+    stories = list(itertools.islice(toy.problems("train", 0), cfg.prompts_per_step))
+    asked = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])
+             for story in stories for _ in range(cfg.group_size)]
     authors, steps = (toy.write_tinygsm, toy.write_omi1, toy.write_omi2), []
-    mine = [rng.choice(authors)(rng.choice((story, asked[0])), rng) for story in asked]
-    mine = mine[processes.rank :: processes.world]
+    mine = [rng.choice(authors)(rng.choice((story, stories[0])), rng)
+            for story in stories for _ in range(cfg.group_size)][processes.rank :: processes.world]
     written = mock.patch.object(echo, "score_batch", lambda _, *rest: score_batch(mine, *rest))
     for step in range(cfg.max_steps + 1):  # the first one warms up
-        seconds, key = {"sample": 0.0, "verify": 0.0}, (cfg.seed, "bench", step)
-        with context, written:
-            rollout = echo.roll_out(
-                network.gpt, pairs, key, cfg, False, encoding, processes, seconds
-            )
+        with written:
+            key = cfg.seed, "bench", step
+            rows, seconds = echo.roll_out(policy.module.gpt, asked, key, cfg.temperature, 1.0, lab)
         began = time.perf_counter()
-        echo.learn(rollout, 0, policy, None, reference, cfg, context, processes)
+        echo.learn(rows, 0, policy, critic, reference, lab)
         seconds["update"] = time.perf_counter() - began
         steps.append({**seconds, "total": sum(seconds.values())})
     if processes.rank > 0:
         return
-    tokens = sum(map(len, rollout.completions)) / len(pairs)
-    rows = {"parameters": f"{sum(p.numel() for p in base.parameters()):,}",
-            "completions": f"{len(pairs)} of {tokens:.0f} tokens"}  # fmt: skip
+    length = sum(len(row.completion) for row in rows) / len(rows)
+    found = {"parameters": f"{sum(p.numel() for p in base.parameters()):,}",
+             "completions": f"{len(rows)} of {length:.0f} tokens"}
     for name in steps[0]:
-        found = sorted(step[name] for step in steps[1:])
-        rows[name] = f"{found[0]:.2f} s (median {found[len(found) // 2]:.2f})"
-    try:
-        if processes.world == 1:
-            theirs = sorted(trl_seconds(cfg, base, [ids for _, ids in pairs[:: cfg.group_size]]))
-            rows["TRL's total"] = f"{theirs[0]:.2f} s (median {theirs[len(theirs) // 2]:.2f})"
-    except ImportError:
-        pass
+        times = sorted(step[name] for step in steps[1:])
+        found[name] = f"{times[0]:.2f} s (median {times[len(times) // 2]:.2f})"
     threads = torch.get_num_threads()
-    show(f"rl on {processes.device}, {processes.world} rank(s), {threads} thread(s)", rows)
-
-
-def trl_seconds(cfg, gpt: GPT, prompts: list[list[int]]) -> list[float]:
-    """Seconds of cfg.max_steps steps, each a rollout and its updates, of TRL's GRPOTrainer with
-    cfg's settings on a Llama of the shape of `gpt`. It reads text only: token n is the word wn.
-    """
-    import datasets
-    import tokenizers
-    import transformers
-    import trl
-
-    c, ends, rng = gpt.config, [time.perf_counter()], random.Random(0)
-    words = {f"w{n}": n for n in range(c.vocab_size)}
-    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    splitter.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=splitter, eos_token="w0", pad_token="w0", padding_side="left")  # fmt: skip
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=4 * c.width,
-        num_hidden_layers=c.layers, num_attention_heads=c.heads, tie_word_embeddings=c.tied,
-        eos_token_id=0, pad_token_id=0))  # fmt: skip
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            ends.append(time.perf_counter())
-
-    asked = [{"prompt": " ".join(f"w{n}" for n in ids)} for ids in prompts]
-    rollout, micro = len(prompts) * cfg.group_size, min(cfg.micro_batch_size, cfg.minibatch_size)
-    updates = rollout // cfg.minibatch_size
-    with tempfile.TemporaryDirectory() as folder:
-        llama.save_pretrained(folder)  # its trainer reads policy and reference from there
-        settings = trl.GRPOConfig(
-            folder, per_device_train_batch_size=micro, steps_per_generation=rollout // micro,
-            gradient_accumulation_steps=cfg.minibatch_size // micro, beta=cfg.kl_coef,
-            num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens,
-            max_steps=updates * (cfg.max_steps + 1), bf16=False, gradient_checkpointing=False,
-            use_cpu=gpt.embed.weight.device.type == "cpu", disable_tqdm=True, report_to=[],
-            save_strategy="no", logging_strategy="no")  # fmt: skip
-        trl.GRPOTrainer(
-            folder, lambda completions, **_: [rng.random() for _ in completions], settings,
-            datasets.Dataset.from_list(asked), processing_class=tokenizer, callbacks=[Clock()],
-        ).train()  # fmt: skip
-    ends = ends[updates::updates]  # the first step warms up
-    return [after - before for before, after in zip(ends, ends[1:])]
+    title = f"rl --algo={cfg.algo} on {processes.device}, {processes.world} rank(s), {threads}"
+    show(f"{title} thread(s)", found)
 
 
 def activation_bytes(c: GPTConfig, rows: int, prompts: int, P: int, T: int, narrow: int) -> int:
@@ -317,10 +236,10 @@ def memory(argv: list[str]) -> None:
             kept = activation_bytes(c, 1, 1, 256, tokens - 256, 2)  # no prompt is shared: the worst
             fixed = {"weights": 4 * N, "gradients": 4 * N, "AdamW": 8 * N, "critic": 16 * critic,
                      "reference": 4 * N, "bf16 copies": 2 * max(N, critic),
-                     "logits of a chunk": 3 * 4 * 512 * c.vocab_size}  # fmt: skip
+                     "logits of a chunk": 3 * 4 * 2048 * c.vocab_size}
             micro, sample = cfg.micro_batch_size, cfg.sample_batch_size
             varying = {f"KV cache, logits of {sample} rows": sample * row,
-                       f"activations of {micro} rows": micro * kept}  # fmt: skip
+                       f"activations of {micro} rows": micro * kept}
             rows = {name: f"{size / 1e9:6.2f} GB" for name, size in (fixed | varying).items()}
             for size in (8, 24, 48, 80):
                 free = 0.9e9 * size - 0.5e9 - sum(fixed.values())

@@ -7,24 +7,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from a second
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pretrain  # noqa: E402
+
+import torch  # noqa: E402
+
 from model import GPT, GPTConfig  # noqa: E402
 
-SMALL = dict(
-    layers=2,
-    width=32,
-    heads=2,
-    batch_size=4,
-    micro_batch_size=4,
-    eval_every=6,
-    save_every=3,
-    log_every=1,
-)
+SMALL = dict(layers=2, width=32, heads=2, batch_size=4, micro_batch_size=4, eval_every=6,
+             save_every=3, log_every=1)
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +31,8 @@ def data_dir(tmp_path_factory) -> str:
 def base(tmp_path_factory, data_dir) -> str:
     """The folder of a pretraining run of a few steps."""
     folder = str(tmp_path_factory.mktemp("runs") / "base")
-    pretrain.main(
-        pretrain.Config(out_dir=folder, data_dir=data_dir, max_steps=6, init_std=0.1, **SMALL)
-    )
+    run = dict(out_dir=folder, data_dir=data_dir, max_steps=6, init_std=0.1)
+    pretrain.main(pretrain.Config(**run, **SMALL))
     return folder
 
 

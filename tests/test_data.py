@@ -441,7 +441,7 @@ def test_a_prompt_fits_that_leaves_the_room_of_a_completion():
     questions, encoding = load_questions("toy", "test"), get_tokenizer("toy")
     pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
     longest = sorted(len(ids) for _, ids in pairs)[100]
-    assert fitting(questions, encoding, 100, 100 - longest) == [
+    assert fitting("test", questions, encoding, 100, 100 - longest) == [
         (q, ids) for q, ids in pairs if len(ids) <= longest]
 
 
