@@ -1,12 +1,12 @@
 """Token files: NAME.bin, uint16 ids with an end-of-text token behind each document; NAME.json."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from data import UserError
+from data.files import read_json, write_atomically
 from data.tokenizer import get_tokenizer
 
 LONGEST = 1 << 19  # characters: 2^20 blanks in a row are too many for tiktoken's regex
@@ -41,19 +41,14 @@ def tokenize(rows: list, fields: list[str], tokenizer: str) -> tuple[bytes, int,
 
 
 def read_meta(path: Path) -> dict:
-    """What is known of a token file; empty where nothing is."""
+    """What is known of a token file; empty where nothing is. Raises UserError."""
     notes = path.with_suffix(".json")
-    try:
-        return json.loads(notes.read_text()) if notes.exists() else {}
-    except ValueError:
-        raise UserError(f"{notes} is damaged: delete it, and the corpus is made again") from None
+    return read_json(notes) if notes.exists() else {}
 
 
 def save_meta(path: Path, meta: dict) -> None:
-    """Atomically: a reader sees the old .json or the new one."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, path.with_suffix(".json"))
+    content = json.dumps(meta, indent=1).encode()
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(content))
 
 
 def summary(path: Path) -> str:

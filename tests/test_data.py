@@ -45,9 +45,9 @@ def test_train_and_test_problems_are_disjoint_by_their_arithmetic():
     tested = {p.chain for p in draw("test", 1000, (1, 3), 2000)}
     assert len(tested) > 500 and not trained & tested
     assert {len(chain) - 1 for chain in trained} == {1, 2, 3}
-    questions = [{q.wording for q in load_questions("toy", split)} for split in ("train", "test")]
-    assert len(questions[0]) > 3500 and len(questions[1]) > 200 and not set.intersection(*questions)
-    assert len(load_questions("toy-hard", "test")) == 256
+    asked, unseen = ({q.question for q in load_questions("toy", s)} for s in ("train", "test"))
+    assert len(asked) > 3500 and len(unseen) > 200 and not asked & unseen
+    assert stories("toy-tinygsm")[0][0] not in asked
 
 
 @pytest.mark.parametrize("write, name", [
@@ -103,8 +103,7 @@ def test_gpt2_has_its_ranks_and_single_digits(shared, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes((shared / "gpt2.tiktoken").read_bytes())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     encoding = get_tokenizer.__wrapped__("gpt2")
-    assert encoding.eot_token == 50256 and encoding.encode_ordinary("Hello") == [15496]
-    assert len(encoding.encode_ordinary("x 123")) == 5
+    assert encoding.eot_token == 50256 and len(encoding.encode_ordinary("Hello 123")) == 5
 
 
 def test_a_missing_gpt2_vocabulary_names_the_file_to_save(tmp_path, monkeypatch):
@@ -137,7 +136,7 @@ def mirror(tmp_path_factory) -> tuple[str, dict[str, list[str]]]:
         texts[name] = []
         for shard in range(3 if "*" in pattern else 1):
             rows = [{f: f"{f} {shard} {i}: naïve 北京\n\n\\frac{{1}}{{7}} = 1234" for f in fields}
-                    for i in range(60)]
+                    for i in range(20)]
             put(root / pattern.replace("*", f"0000{shard}"), [{**row, "other": 5} for row in rows])
             texts[name] += ["\n\n".join(row.values()) for row in rows]
     decoy = [{"problem": "decoy", "generated_solution": "decoy"}]
@@ -169,7 +168,7 @@ def both(path: Path) -> list[bytes]:
 def test_every_corpus_of_the_hub_becomes_its_documents_in_their_order(name, mirror, tmp_path):
     path = make(name, tmp_path, mirror[0])
     assert documents(path) == mirror[1][name]
-    assert tokens.read_meta(path)["documents"] == len(mirror[1][name]) in (60, 180)
+    assert tokens.read_meta(path)["documents"] == len(mirror[1][name]) in (20, 60)
 
 
 def test_irregular_rows_are_counted_said_and_never_fatal(tmp_path, capsys):
@@ -191,7 +190,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # not inherited from a
 before, calls = {where}, []
 def call(*args):
     calls.append(args)
-    if len(calls) == 2:
+    if len(calls) == 3:
         os.kill(os.getpid(), signal.{how})
     return before(*args)
 {where} = call
@@ -236,8 +235,10 @@ def test_a_part_of_a_corpus_is_a_prefix_of_it_and_grows(mirror, tmp_path):
     whole = make("tinygsm", tmp_path / "whole", mirror[0]).read_bytes()
     path = make("tinygsm", tmp_path, mirror[0], "--shards=1")
     part, meta = path.read_bytes(), tokens.read_meta(path)
-    assert len(documents(path)) == 60 and whole.startswith(part)
+    assert len(documents(path)) == 20 and whole.startswith(part)
     assert make("tinygsm", tmp_path, "/nowhere").read_bytes() == part  # what is there is enough
+    tokens.save_meta(path, {**meta, "sha256": ""})  # killed at the end, no more is asked for
+    assert make("tinygsm", tmp_path, mirror[0]).read_bytes() == part
     assert make("tinygsm", tmp_path, mirror[0], "--shards=3").read_bytes() == whole
     for notes in (tokens.read_meta(path), {**meta, "files": ["another.parquet"]}):
         tokens.save_meta(path, notes)
@@ -281,10 +282,9 @@ def test_the_command_with_two_threads_writes_the_bytes_of_one_and_ends_with_2(mi
         words = sys.executable, "-m", "data.prepare", f"--data_dir={tmp_path}", *words
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
 
-    run = command("omi1", "tinygsm", f"--hub={mirror[0]}", "--workers=2")
+    run = command("gsm8k", "omi1", f"--hub={mirror[0]}", "--workers=2")
     assert (run.returncode, run.stderr, len(run.stdout.splitlines())) == (0, "", 2)
-    for name in ("omi1", "tinygsm"):
-        assert both(tmp_path / f"{name}-toy.bin") == both(make(name, tmp_path / "one", mirror[0]))
+    assert both(tmp_path / "omi1-toy.bin") == both(make("omi1", tmp_path / "one", mirror[0]))
     for flag in ("--shard=1", "--shards=-1"):
         run = command("gsm8k", flag)
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
@@ -406,8 +406,8 @@ def test_a_row_that_cannot_be_used_is_named_by_its_line_and_keys(row, message, t
 
 def test_a_number_is_a_question_zero_is_a_gold_and_ids_are_carried_along(tmp_path):
     rows = [{"id": 7, "question": 42, "answer": 0}, {"id": 7, "Problem": "b", "gold": "#### 1"}]
-    loaded = load_questions("gsm8k", "test", file=str(put(tmp_path / "a.json", rows)))
-    assert loaded == [("7", "42", "0"), ("7", "b", "1")]
+    file = str(put(tmp_path / "a.json", rows))
+    assert load_questions("gsm8k", "test", "", file) == [("7", "42", "0"), ("7", "b", "1")]
 
 
 def run_questions(tmp_path, texts, eval_task="", eval_questions="", **learns):
