@@ -75,8 +75,7 @@ class Config:
     compile: bool = False  # torch.compile; needs a C++ compiler, on cuda Triton
 
 
-# The study's models (OLMo's configuration) and its batch of 512 x 2048 tokens; smaller ones with
-# an eighth of the batch, for one small GPU.
+# the study's models (OLMo's configuration); smaller ones, with an eighth of the batch
 PAPER = dict(tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, batch_size=512,
              micro_batch_size=16, learning_rate=1e-3, beta2=0.95, warmup_steps=5000,
              eval_every=1000, save_every=1000, compile=True)
@@ -197,9 +196,8 @@ def fetch(mixture, step: int, processes) -> tuple[torch.Tensor, int]:
 
 
 def schedule(progress: float, warmup: float, floor: float) -> float:
-    """Learning rate as a fraction of its peak: linear up to `warmup`, then cosine to `floor`, at a
-    `progress` in (0, 1]: the share of the run that is done after the update, so that no rate is 0.
-    """
+    """Share of the peak learning rate: linear up to `warmup`, then a cosine down to `floor`."""
+    # progress in (0, 1] is the share of the run that is done after the update: no rate is 0
     if progress < warmup:
         return progress / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
@@ -247,9 +245,7 @@ def held_out_losses(model, mixture, micro_batch_size: int, context, run) -> dict
     return losses
 
 
-# ------------- the rest is plumbing, for both scripts, and may be skipped
-
-
+# ---------------- The rest is plumbing for both scripts, and may be skipped.
 def launch(main, cls, presets: dict) -> None:
     """Runs main(config) as a script: a user's mistake is one sentence, and exit status 2."""
     for stream in sys.stdout, sys.stderr:  # a terminal need not know every character
@@ -272,9 +268,8 @@ def launch(main, cls, presets: dict) -> None:
 
 
 def parse_config(cls, presets: dict, argv: list[str]):
-    """An instance of dataclass `cls`: defaults < presets < --config=FILE.json < --key=value.
-
-    Every preset applies whose words are all among the chosen preset and algo.
+    """An instance of `cls`: its defaults < presets < --config=FILE.json < --key=value. A preset
+    applies where all its words are among the chosen preset and algo.
     """
     if "--help" in argv:
         print(inspect.getsource(cls), "presets:", json.dumps(presets, indent=1), sep="\n")
@@ -356,8 +351,7 @@ def setup_distributed(device: str) -> Processes:
     cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
     place = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda and torch.cuda.device_count() < neighbours:
-        raise UserError(f"--device=cuda needs {neighbours} GPU(s), one for each process on this "
-                        f"machine, and torch sees {torch.cuda.device_count()}")
+        raise UserError(f"--device=cuda: {torch.cuda.device_count()} GPUs for {neighbours} ranks")
     if cuda:
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")
@@ -410,16 +404,14 @@ class Run:
         self.processes.first(self.claim)
         with contextlib.suppress(ValueError):  # not in the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.held.callback(signal.signal, number, signal.signal(number, self.note))
+                before = signal.signal(number, lambda *_: setattr(self, "stop_seen", True))
+                self.held.callback(signal.signal, number, before)
         hidden = self.processes.rank > 0 or None  # None: hidden unless on a terminal
         self.bar = self.held.enter_context(tqdm(total=self.total, unit="step", disable=hidden))
         return self
 
     def __exit__(self, *error):
         self.held.close()
-
-    def note(self, number, frame) -> None:
-        self.stop_seen = True
 
     def stopping(self) -> bool:
         """Whether any rank has seen a signal: all ranks stop at the same step."""
@@ -434,7 +426,7 @@ class Run:
             theirs = read_json(file) if file in used else {}
             known = theirs.get("run", {}).get("inputs", {})
             if used and not known:
-                raise UserError(f"{self.folder} is not the folder of a run: {instead}")
+                raise UserError(f"{self.folder} is not empty and not of a run like this: {instead}")
             log = open(self.log, "ab")
             if not lock(log):
                 raise UserError(f"another process works in {self.folder}: wait, or {instead}")
@@ -452,13 +444,11 @@ class Run:
         self.held.enter_context(log)
 
     def load(self) -> dict | None:
-        """The checkpoint to continue from, or None: a second copy of the weights, drop it soon.
-        Rows behind it go from the log: they come again.
-        """
+        """The checkpoint to continue from, or None; rows behind it leave the log, to come again."""
         state = {"log_size": 0, "step": 0}
         if there := self.checkpoint.exists():
             state = load_checkpoint(self.checkpoint, self.processes.device)
-        self.bar.n = state["step"]
+        self.bar.initial = self.bar.n = state["step"]
         self.processes.first(lambda: self.cut_log(state["log_size"]))
         return state if there else None
 
@@ -509,8 +499,7 @@ def load_checkpoint(path: Path, device) -> dict:
         raise
     except Exception as error:  # zipfile, pickle and torch have their own for a damaged file
         why = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise UserError(f"{path} {why}: run pretrain.py, name another --init_from, or start this "
-                        "run afresh with --overwrite=true") from None
+        raise UserError(f"{path} {why}: name another, or make it anew") from None
 
 
 def model_state(model, tokenizer: str) -> dict:

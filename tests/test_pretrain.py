@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 import io
@@ -6,17 +7,19 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import pretrain
-from pretrain import Config, Processes, Run, check_ranges, parse_config, schedule
+from pretrain import Config, Processes, parse_config
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -49,14 +52,11 @@ def checkpoint(folder) -> dict:
 
 def assert_same_run(left, right, **tolerance) -> None:
     """The same weights and the same rows, to the bit or within a tolerance."""
-    left_weights, right_weights = checkpoint(left)["model"], checkpoint(right)["model"]
-    for name in left_weights:
-        exactly = {"atol": 0, "rtol": 0}
-        torch.testing.assert_close(left_weights[name], right_weights[name], **tolerance or exactly)
+    states = [checkpoint(folder)["model"] for folder in (left, right)]
+    torch.testing.assert_close(*states, **tolerance or dict(atol=0, rtol=0))
     for ours, theirs in zip(rows(left), rows(right), strict=True):
-        assert ours["step"] == theirs["step"] and ours["kind"] == theirs["kind"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if tolerance else 0, abs=0)
-        assert ours.get("learning_rate") == theirs.get("learning_rate")
+        loss = pytest.approx(theirs["loss"], rel=1e-5 if tolerance else 0, abs=0)
+        assert (ours["step"], ours["kind"], ours["loss"]) == (theirs["step"], theirs["kind"], loss)
 
 
 # ---------------------------------------------------------------- processes
@@ -150,40 +150,21 @@ def whole(tmp_path_factory, data_dir, base) -> Path:
 # ---------------------------------------------------------------- arguments
 
 
-def test_flags_take_both_spellings_and_the_types_of_their_fields():
-    argv = "--learning_rate=0.5 --batch_size 32 --compile=true --tied false --mix=a:2".split()
-    cfg = parse_config(Config, pretrain.PRESETS, argv)
-    assert (cfg.learning_rate, cfg.batch_size, cfg.compile, cfg.tied) == (0.5, 32, True, False)
-    assert cfg.mix == "a:2"
-
-
-def test_precedence_is_dataclass_then_preset_then_file_then_flags(tmp_path):
+def test_flags_come_after_a_file_which_comes_after_a_preset_which_comes_after_the_class(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"preset": "150m", "layers": 3, "width": 24, "run": {"argv": []}}))
-    cfg = parse_config(Config, pretrain.PRESETS, [f"--config={file}", "--width=48"])
+    argv = f"--config={file} --width=48 --batch_size 32 --learning_rate=0.5 --compile=true"
+    cfg = parse_config(Config, pretrain.PRESETS, argv.split())
     assert (cfg.beta1, cfg.heads, cfg.layers, cfg.width) == (Config.beta1, 12, 3, 48)
-
-
-def test_every_preset_applies_whose_words_are_the_chosen_preset_and_algo():
-    @dataclasses.dataclass
-    class Chosen:
-        preset: str = "tiny"
-        algo: str = "ppo"
-        epochs: int = 1
-        max_steps: int = 1
-
-    presets = {"tiny": {"epochs": 2}, "tiny ei": {"max_steps": 3}, "paper ei": {"max_steps": 4}}
-    found = [dataclasses.astuple(parse_config(Chosen, presets, argv))[2:]
-             for argv in ([], ["--algo=ei"], ["--algo=ei", "--preset=paper"])]
-    assert found == [(2, 1), (2, 3), (1, 4)]
+    assert (cfg.batch_size, cfg.learning_rate, cfg.compile, cfg.tied) == (32, 0.5, True, False)
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--learing_rate=1"], "did you mean --learning_rate"), (["batch=3"], "mean --batch_size"),
     (["--batch_size=many"], "--batch_size=many should be a whole number"),
     (["--batch_size"], "a whole number"), (["--compile=maybe"], "should be true, false"),
-    (["--dtype=float3"], "should be auto, float32, bfloat16"), (["--config=none.json"], "none.json"),
-    (["--preset=150"], "tiny, 20m, 60m, 150m, 1b"), (["--device=tpu"], "should be auto, cpu, cuda")])
+    (["--dtype=float3"], "should be auto, float32, bfloat16"), (["--preset=150"], "150m, 1b"),
+    (["--device=tpu"], "should be auto, cpu, cuda"), (["--config=none.json"], "none.json")])
 def test_a_wrong_flag_is_one_sentence_with_the_nearest_name(argv, message):
     with pytest.raises(UserError, match=message) as raised:
         parse_config(Config, pretrain.PRESETS, argv)
@@ -191,58 +172,42 @@ def test_a_wrong_flag_is_one_sentence_with_the_nearest_name(argv, message):
 
 
 def test_help_prints_every_field_with_its_meaning(capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="0"):
         parse_config(Config, pretrain.PRESETS, ["--help"])
-    printed = capsys.readouterr().out.splitlines()
-    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
     for field in dataclasses.fields(Config):
-        lines = [line for line in printed if line.strip().startswith(field.name + ":")]
-        assert len(lines) == 1 and "  # " in lines[0]
+        assert len(re.findall(rf"^    {field.name}: .*  # ", printed, re.MULTILINE)) == 1
 
 
-NUMBERS = [f.name for f in dataclasses.fields(Config) if f.type in (int, float)]
+NUMBERS = [field.name for field in dataclasses.fields(Config) if field.type in (int, float)]
+SENSELESS = [{name: x} for name in NUMBERS for x in (float("nan"), float("inf"), -1)] + [
+    dict(grad_clip=0), dict(batch_size=0), dict(beta1=1), dict(init_std=0), dict(warmup=1.0),
+    dict(min_learning_rate=1.1), dict(top_p=0.0), dict(eval_top_p=1.1), dict(gae_lambda=1.01)]
+NONE = dict(tokens=0, warmup_steps=0, weight_decay=0, max_steps=0, keep_every=0, seed=0, top_p=1,
+            warmup=0, gae_lambda=1, kl_coef=0.0, eval_k=0, eval_temperature=0, compile=False)
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
-def test_no_setting_takes_a_number_that_makes_no_sense(name, value):
+@pytest.mark.parametrize("setting", [NONE, *SENSELESS], ids=str)
+def test_no_setting_takes_a_number_that_makes_no_sense(setting):
     """--learning_rate=inf was written to metrics.jsonl, --max_steps=-3 trained nothing."""
-    with pytest.raises(UserError, match=f"^--{name}={value} is out of its range"):
-        check_ranges(dataclasses.replace(Config(), **{name: value}))
-
-
-@pytest.mark.parametrize("holds, values", [
-    (False, dict(grad_clip=0, batch_size=0, beta1=1, beta2=1.0, min_learning_rate=1.1, init_std=0)),
-    (False, dict(top_p=0.0, eval_top_p=1.1, warmup=1.0, gae_lambda=1.01, clip_eps=0, group_size=0)),
-    (True, dict(tokens=0, warmup_steps=0, weight_decay=0, max_steps=0, keep_every=0, seed=0)),
-    (True, dict(top_p=1, warmup=0, gae_lambda=1, kl_coef=0.0, eval_k=0, eval_temperature=0)),
-    (True, dict(min_learning_rate=1.0, beta1=0.0, compile=False, mix="-1"))])
-def test_the_ends_of_ranges_are_in_or_out(holds, values):
-    for name, value in values.items():
-        one = type("One", (), {})()
-        setattr(one, name, value)
-        if holds:
-            check_ranges(one)
-        else:
-            with pytest.raises(UserError, match=f"--{name}={value}"):
-                check_ranges(one)
-
-
-def base_settings(base, data_dir, **changes) -> Config:
-    values = dict(out_dir=base, data_dir=data_dir, max_steps=6, init_std=0.1)
-    return Config(**values | SMALL | changes)
+    refused = contextlib.nullcontext()
+    if setting is not NONE:
+        refused = pytest.raises(UserError, match="^--{}={} is out of its range".format(
+            *next(iter(setting.items()))))
+    with refused:
+        pretrain.check_ranges(types.SimpleNamespace(**setting))
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(learning_rate=float("nan")), "--learning_rate=nan is out of"),
     (dict(heads=3), "multiple of 2 x --heads=3"), (dict(mix="toy-tiny"), "unknown corpus"),
-    (dict(mix="toy-omi1:2,toy-omi2:50%"), "not both"), (dict(device="cuda"), "torch sees 0"),
-    (dict(max_steps=9), "holds a run with another max_steps .6 there, 9 here.: choose another")])
-def test_a_mistake_is_a_sentence_and_costs_no_file(base, data_dir, change, message):
-    before = {file: file.read_bytes() for file in Path(base).iterdir()}
+    (dict(mix="toy-omi1:2,toy-omi2:50%"), "not both"), (dict(device="cuda"), "cuda: 0 GPUs"),
+    (dict(max_steps=9), "holds a run with another max_steps .8 there, 9 here.: choose another")])
+def test_a_mistake_is_a_sentence_and_costs_no_file(whole, data_dir, change, message):
+    before = {file: file.read_bytes() for file in whole.iterdir()}
     with pytest.raises(UserError, match=message):
-        pretrain.main(base_settings(base, data_dir, **change))
-    assert {file: file.read_bytes() for file in Path(base).iterdir()} == before
+        pretrain.main(settings(whole, data_dir, **change))
+    assert {file: file.read_bytes() for file in whole.iterdir()} == before
 
 
 @pytest.mark.parametrize("argv", [["--batch_size=x"], ["--mix=nothing", "--out_dir=unused"]])
@@ -253,11 +218,6 @@ def test_a_mistake_prints_one_line_and_exits_with_2(argv, tmp_path):
     assert printed[1] == "" and not (tmp_path / "0" / "unused").exists()
 
 
-def test_the_script_runs_as_a_command():
-    command = [sys.executable, ROOT / "pretrain.py", "--help"]
-    assert "preset: " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def test_waiting_threads_sleep_unless_the_user_says_how_they_wait():
     """Set before torch is imported, which reads it then; beside other work spinning is slow."""
     code = ("import os, sys; sys.modules['torch'] = None\ntry: import pretrain\n"
@@ -265,27 +225,26 @@ def test_waiting_threads_sleep_unless_the_user_says_how_they_wait():
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     for told, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
                            ({"GOMP_SPINCOUNT": "9"}, "None")):
-        found = subprocess.run([sys.executable, "-c", code], env=clean | told, cwd=ROOT,
-                               capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(command, env=clean | told, cwd=ROOT, capture_output=True, text=True)
         assert found.stdout.strip() == expected
 
 
-def launched(monkeypatch, main) -> str:
-    """What launch prints on stderr of a main that fails."""
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-    monkeypatch.setattr(sys, "argv", ["rl.py"])
-    with pytest.raises(SystemExit) as stopped:
-        pretrain.launch(main, Config, {})
-    assert stopped.value.code == 2
-    return sys.stderr.buffer.getvalue().decode("cp1252")
-
-
 def failing(error):
-    def main(cfg):
+    def main(*arguments):
         raise error
 
     return main
+
+
+def launched(monkeypatch, error) -> str:
+    """What launch prints on the stderr of a terminal that is not UTF-8, when main raises error."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["rl.py"])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.launch(failing(error), Config, {})
+    return sys.stderr.buffer.getvalue().decode("cp1252")
 
 
 @pytest.mark.parametrize("error, sentence", [
@@ -295,78 +254,79 @@ def failing(error):
     (KeyboardInterrupt(), "stopped"), (UserError("Ж is no → of cp1252"), "rl.py: ? is no ? of")])
 def test_what_is_no_fault_of_the_code_is_one_sentence(monkeypatch, error, sentence):
     """A terminal that is not UTF-8 ended a training that was done with a UnicodeEncodeError."""
-    printed = launched(monkeypatch, failing(error))
+    printed = launched(monkeypatch, error)
     assert sentence in printed and printed.startswith("rl.py: ") and printed.count("\n") == 1
 
 
 def test_an_error_of_the_code_keeps_its_traceback(monkeypatch):
     """"CUDA error: peer access is not supported" was taken for a rank that had died."""
     with pytest.raises(RuntimeError, match="peer access"):
-        launched(monkeypatch, failing(RuntimeError("CUDA error: peer access is not supported")))
+        launched(monkeypatch, RuntimeError("CUDA error: peer access is not supported"))
 
 
 # ---------------------------------------------------------------- model and step
 
 
-def test_the_paper_s_presets_have_its_settings(base):
+def test_the_paper_s_presets_have_its_settings(whole):
     for preset, shape in (("150m", (768, 12, 12, False, 16)), ("1b", (2048, 16, 16, True, 8))):
         cfg = parse_config(Config, pretrain.PRESETS, [f"--preset={preset}"])
         assert (cfg.width, cfg.layers, cfg.heads, cfg.tied, cfg.micro_batch_size) == shape
         assert (cfg.context, cfg.batch_size, cfg.rope_base, cfg.init_std) == (2048, 512, 1e4, 0.02)
         assert (cfg.learning_rate, cfg.min_learning_rate, cfg.warmup_steps) == (1e-3, 0.1, 5000)
         assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.grad_clip) == (0.9, 0.95, 0.1, 1.0)
-    (group,) = checkpoint(base)["optimizer"]["param_groups"]  # all weights: everything decays
+    (group,) = checkpoint(whole)["optimizer"]["param_groups"]  # of all weights: everything decays
     assert (group["weight_decay"], group["betas"], group["eps"]) == (0.1, (0.9, 0.99), 1e-8)
 
 
 @pytest.mark.parametrize("preset, vocab_size, total", [
     ("tiny", 836, 375_168), ("20m", 50_257, 21_254_400), ("60m", 50_257, 59_286_016),
     ("150m", 50_257, 190_440_960), ("150m", 32_000, 162_398_208), ("1b", 32_000, 1_139_277_824)])
-def test_every_part_of_a_preset_has_the_parameters_of_its_formula(preset, vocab_size, total):
+def test_a_preset_has_the_parameters_of_its_formula(preset, vocab_size, total):
     cfg = parse_config(Config, pretrain.PRESETS, [f"--preset={preset}"])
     with torch.device("meta"):
         model = pretrain.build_model(cfg, vocab_size, torch.device("meta"))
-    C, V = cfg.width, vocab_size
-    expected = {"embed.weight": V * C} | ({} if cfg.tied else {"head.weight": V * C})
-    for i in range(cfg.layers):
-        sizes = {"attention.qkv": 3, "attention.out": 1, "mlp.gate": 4, "mlp.up": 4, "mlp.down": 4}
-        expected |= {f"blocks.{i}.{part}.weight": n * C * C for part, n in sizes.items()}
-    assert {name: p.numel() for name, p in model.named_parameters()} == expected
-    assert sum(expected.values()) == total
+    C, ends = cfg.width, 1 if cfg.tied else 2
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert total == ends * vocab_size * C + cfg.layers * (4 + 3 * 4) * C * C
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.001, 0.5])
 def test_the_learning_rate_is_above_zero_at_the_first_step_and_ends_at_its_floor(warmup):
-    rates = [schedule((step + 1) / 100, warmup, 0.1) for step in range(100)]
+    rates = [pretrain.schedule((step + 1) / 100, warmup, 0.1) for step in range(100)]
     assert rates[0] > 0 and max(rates) <= 1 and rates[-1] == pytest.approx(0.1)
-    assert schedule(0.7, warmup, 1.0) == 1.0
+    assert pretrain.schedule(0.7, warmup, 1.0) == 1.0
 
 
-def trained(micro_batch_size: int, processes=CPU, steps=1, watch=None) -> list[torch.Tensor]:
-    """The weights after steps of plain gradient descent: the gradient, to a factor."""
+def trained(micro_batch_size: int, processes=CPU, steps=1, within=contextlib.nullcontext()):
+    """A model's weights after steps of plain gradient descent, and where its gradients were at the
+    end of each backward pass of the last step.
+    """
     torch.manual_seed(0)
     shape = dict(vocab_size=30, context=16, width=16, layers=1, heads=2, init_std=0.2)
     ddp = DistributedDataParallel(GPT(GPTConfig(**shape)).double(), gradient_as_bucket_view=True)
-    blocks = torch.randint(30, (6, 17))
+    blocks, places = torch.randint(30, (6, 17)), []
     blocks[4] = -1  # the padding of a last batch: were micro-batches averaged, splits would differ
-    mine, optimizer = blocks[processes.rank :: processes.world], torch.optim.SGD(ddp.parameters(), fused=True)
+    mine, optimizer = blocks[processes.rank :: processes.world], torch.optim.SGD(ddp.parameters())
     cfg = Config(micro_batch_size=micro_batch_size, grad_clip=1e9)
-    for step in range(steps):
-        for p in ddp.parameters() if watch is not None else ():
-            p.register_post_accumulate_grad_hook(lambda p: watch.append((step, p.grad.data_ptr())))
-        pretrain.train_step(ddp, optimizer, mine, 80, 1.0, cfg, NO_CAST, processes)
-    return [p.detach() for p in ddp.parameters()]
+    for p in ddp.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: places.append(p.grad.data_ptr()))
+    for _ in range(steps):
+        places.clear()
+        with within:
+            pretrain.train_step(ddp, optimizer, mine, 80, 1.0, cfg, NO_CAST, processes)
+    return [p.detach() for p in ddp.parameters()], places
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_the_gradient_is_the_same_for_every_way_to_split_a_batch(micro_batch_size):
     """The mean of the micro-batches' means weighs short ones too much (transformers#34191)."""
     pretrain.setup_distributed("cpu")
-    torch.testing.assert_close(trained(micro_batch_size), trained(6), atol=1e-12, rtol=1e-12)
+    exact = dict(atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(trained(micro_batch_size)[0], trained(6)[0], **exact)
 
 
 def save_trained(rank: int) -> None:
-    torch.save(trained(1, pretrain.setup_distributed("cpu")), "weights.pt")
+    torch.save(trained(1, pretrain.setup_distributed("cpu"))[0], "weights.pt")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -376,42 +336,28 @@ def test_the_gradient_of_several_ranks_is_that_of_one(tmp_path, world):
     pretrain.setup_distributed("cpu")
     for rank in range(world):  # ranks with 3 and 3 rows; with 2, 2, 1 and 1
         found = torch.load(tmp_path / str(rank) / "weights.pt")
-        torch.testing.assert_close(found, trained(6), atol=1e-6, rtol=0)
+        torch.testing.assert_close(found, trained(6)[0], atol=1e-6, rtol=0)
 
 
 def test_gradients_stay_in_the_buckets_of_ddp_while_they_are_accumulated():
-    """zero_grad() set them to None: the next step made a second copy of all of them, 4.7 GB at 1b."""
+    """zero_grad() set them to None: each step made a second copy of them all, 4.7 GB at 1b."""
     pretrain.setup_distributed("cpu")
-    places = []
-    trained(2, steps=4, watch=places)
-    last = [place for step, place in places if step == 3]  # DDP's buckets are final by then
-    assert len(set(last)) == len(set(place for step, place in places if step == 2))
-    assert set(last) == {place for step, place in places if step == 2}
+    weights, places = trained(2, steps=4)  # the buckets are final by then
+    assert len(places) == 3 * len(weights) and len(set(places)) == len(weights)
 
 
-def test_the_loss_is_the_cross_entropy_of_each_next_token(gpt):
-    ids = torch.randint(50, (2, 9))
-    logp = gpt(ids[:, :-1]).log_softmax(-1)
-    expected = -sum(logp[b, t, ids[b, t + 1]] for b in range(2) for t in range(8))
-    torch.testing.assert_close(pretrain.next_token_loss(gpt, ids), expected)
-
-
-def test_fp32_master_weights_move_at_a_learning_rate_of_1e_6():
+def test_fp32_master_weights_move_at_a_learning_rate_of_1e_6(gpt):
     """In bf16 weights an update of 1e-6 is rounded away (AReaL#1634)."""
-    model = GPT(GPTConfig(vocab_size=30, context=16, width=16, layers=1, heads=2))
-    before = model.embed.weight.clone()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    before, optimizer = gpt.embed.weight.clone(), torch.optim.AdamW(gpt.parameters(), 1e-6)
     with pretrain.autocast("bfloat16", CPU.device):
-        loss = pretrain.next_token_loss(model, torch.randint(30, (2, 9)))
+        loss = pretrain.next_token_loss(gpt, torch.randint(50, (2, 9)))
     loss.backward()
     optimizer.step()
-    moved = (model.embed.weight != before).float().mean()
-    assert model.embed.weight.dtype == torch.float32 and moved > 0.5
+    assert gpt.embed.weight.dtype == torch.float32
+    assert (gpt.embed.weight != before).float().mean() > 0.5
 
 
 class Spy(TorchDispatchMode):
-    """Notes the name of every operation."""
-
     names = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -422,19 +368,14 @@ class Spy(TorchDispatchMode):
 def test_a_training_step_never_waits_for_the_device():
     """A .item() or a mask's indices in the loop would idle a GPU until the host has answered."""
     pretrain.setup_distributed("cpu")
-    with Spy() as spy:
-        trained(2)
-    assert "mm" in spy.names and not spy.names & {"_local_scalar_dense", "nonzero", "item"}
+    trained(2, within=Spy())
+    assert "mm" in Spy.names and not Spy.names & {"_local_scalar_dense", "nonzero", "item"}
 
 
-def test_without_a_compiler_a_sentence_is_printed_and_the_run_goes_on(
-    tmp_path, data_dir, monkeypatch, capsys
-):
-    def fails(*args, **kwargs):
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a long story")
-
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fails)
-    evaluation = pretrain.main(settings(tmp_path / "run", data_dir, compile=True, max_steps=2))
+def test_without_a_compiler_a_sentence_is_enough(tmp_path, data_dir, monkeypatch, capsys):
+    long = RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a long story")
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: failing(long))
+    evaluation = pretrain.main(settings(tmp_path, data_dir, compile=True, max_steps=2))
     printed = capsys.readouterr().out
     assert "going on without --compile, which fails here (InvalidCxxCompiler: No work" in printed
     assert "long story" not in printed and evaluation["step"] == 2
@@ -443,43 +384,40 @@ def test_without_a_compiler_a_sentence_is_printed_and_the_run_goes_on(
 # ---------------------------------------------------------------- a run's folder
 
 
-def test_the_run_folder_holds_what_the_design_promises(base):
+def test_the_run_folder_holds_what_the_design_promises(base, data_dir):
     names = {"config.json", "metrics.jsonl", "mixture.json", "ckpt.pt"}
     assert {p.name for p in Path(base).iterdir()} == names
     where = json.loads((Path(base) / "config.json").read_text())["run"]
     assert where.keys() == {"argv", "torch_version", "device", "world_size", "inputs"}
     assert parse_config(Config, {}, [f"--config={base}/config.json"]).max_steps == 6
-    found = rows(base)
+    found, shares = rows(base), json.loads((Path(base) / "mixture.json").read_text()).values()
     assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert found[-1]["kind"] == "eval" and found[-1]["loss"]["toy-omi1"] < found[0]["loss"]
-    shares = [c["share"] for c in json.loads((Path(base) / "mixture.json").read_text()).values()]
-    assert sum(shares) == pytest.approx(1)
+    assert sum(corpus["share"] for corpus in shares) == pytest.approx(1)
 
 
 def test_keep_every_leaves_snapshots_that_rl_can_start_from(tmp_path, data_dir):
-    pretrain.main(settings(tmp_path / "run", data_dir, keep_every=3))
-    kept = sorted(file.name for file in (tmp_path / "run").glob("step_*.pt"))
-    assert kept == ["step_000003.pt", "step_000006.pt", "step_000008.pt"]
-    model, tokenizer = pretrain.load_model(tmp_path / "run" / kept[-1], "cpu")
-    last = checkpoint(tmp_path / "run")["model"]
-    assert tokenizer == "toy"
-    assert all(torch.equal(weight, last[name]) for name, weight in model.state_dict().items())
+    pretrain.main(settings(tmp_path, data_dir, keep_every=3))
+    kept = sorted(tmp_path.glob("step_*.pt"))
+    assert [file.name for file in kept] == ["step_000003.pt", "step_000006.pt", "step_000008.pt"]
+    models = [pretrain.load_model(path, "cpu") for path in (kept[-1], tmp_path)]
+    assert models[0][1] == "toy" and pretrain.fingerprint(models[0][0]) == pretrain.fingerprint(
+        models[1][0]) != pretrain.fingerprint(pretrain.load_model(kept[0], "cpu")[0])
 
 
-def test_a_finished_run_says_so_and_changes_nothing(base, data_dir, capsys):
-    before = (Path(base) / "metrics.jsonl").read_bytes()
-    evaluation = pretrain.main(base_settings(base, data_dir))
-    assert "is finished" in capsys.readouterr().out and evaluation["step"] == 6
-    assert (Path(base) / "metrics.jsonl").read_bytes() == before
+def test_a_finished_run_says_so_and_changes_nothing(whole, data_dir, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    evaluation = pretrain.main(settings(whole, data_dir))
+    assert "is finished" in capsys.readouterr().out and evaluation["step"] == 8
+    assert (whole / "metrics.jsonl").read_bytes() == before
 
 
 def test_overwrite_clears_a_run_through_a_link_and_nothing_else(tmp_path, data_dir):
     """A folder that was a symbolic link ended in an OSError."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not the folder of a run"):
-        pretrain.main(settings(tmp_path / "mine", data_dir, overwrite=True))
-    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not of a run like this"):
+        pretrain.main(settings(tmp_path, data_dir, overwrite=True))
+    assert os.listdir(tmp_path) == ["thesis.tex"]
     pretrain.main(settings(tmp_path / "run", data_dir, keep_every=1))
     (tmp_path / "link").symlink_to(tmp_path / "run")
     pretrain.main(settings(tmp_path / "link", data_dir, overwrite=True, max_steps=1))
@@ -489,20 +427,20 @@ def test_overwrite_clears_a_run_through_a_link_and_nothing_else(tmp_path, data_d
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path, data_dir):
     """Both trained, and their rows interleaved in one metrics.jsonl."""
-    with Run(settings(tmp_path, data_dir), pretrain.setup_distributed("cpu"), 8, {"a": 1}):
+    cfg = settings(tmp_path, data_dir)
+    with pretrain.Run(cfg, pretrain.setup_distributed("cpu"), 8, {"a": 1}):
         with pytest.raises(UserError, match="another process works in"):
-            pretrain.main(settings(tmp_path, data_dir))
+            pretrain.main(cfg)
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("config.json", b"", "not the folder of a run"), ("config.json", None, "not the folder"),
+    ("config.json", b"", "not of a run"), ("config.json", None, "not of a run"),
     ("config.json", b'{"preset', "cannot be read"), ("config.json", b"[1]", "cannot be read"),
-    ("config.json", b'{"model_type": "llama"}', "not the folder of a run"),
+    ("config.json", b'{"model_type": "llama"}', "not of a run like this"),
     ("metrics.jsonl", None, "is shorter than"), ("metrics.jsonl", b"{}\n", "is shorter than"),
     ("ckpt.pt", b"not a checkpoint", "ckpt.pt cannot be read")])
 def test_a_damaged_or_foreign_file_of_a_run_is_a_sentence_that_helps(
-    whole, tmp_path, data_dir, name, content, message
-):
+        whole, tmp_path, data_dir, name, content, message):
     """A deleted metrics.jsonl was continued with NUL bytes, an empty config.json a traceback."""
     file = Path(shutil.copytree(whole, tmp_path / "run")) / name
     file.unlink()
@@ -515,12 +453,19 @@ def test_a_damaged_or_foreign_file_of_a_run_is_a_sentence_that_helps(
         assert len(rows(tmp_path / "run")) == 2
 
 
+def test_a_run_does_not_go_on_with_other_tokens(tmp_path, whole, data_dir):
+    """Inputs were told apart by their names: a replaced file was trained on without a word."""
+    file = Path(shutil.copytree(whole, tmp_path / "run")) / "config.json"
+    file.write_text(re.sub(r'("content of toy-omi1": ")\w+', r"\1another", file.read_text()))
+    with pytest.raises(UserError, match="with another content of toy-omi1 .another there"):
+        pretrain.main(settings(tmp_path / "run", data_dir))
+
+
 # ---------------------------------------------------------------- stopping and continuing
 
 
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(
-    tmp_path, data_dir, whole
-):
+        tmp_path, data_dir, whole):
     """kill -9 before a random touch of a file: of a row, a checkpoint, a rename, a clean-up."""
     moments, deaths = random.Random(0), 0
     while run(tmp_path, pretraining(data_dir, functools.partial(
@@ -548,41 +493,33 @@ def test_a_run_continues_with_what_does_not_change_its_result(tmp_path, data_dir
     assert_same_run(tmp_path / "run", whole, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2])
-def test_a_signal_saves_within_a_step_exits_with_0_and_the_run_goes_on(
-    tmp_path, data_dir, whole, numbers
-):
+@pytest.mark.parametrize("numbers, world", [
+    ([signal.SIGINT], 1), ([signal.SIGTERM], 2), ([signal.SIGINT] * 2, 1)])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on(
+        tmp_path, data_dir, whole, numbers, world):
     """torchrun may forward a Ctrl-C that the terminal has sent already: two are one."""
-    warned = functools.partial(signalled_at_batch, 4, numbers, 0)
-    assert run(tmp_path, pretraining(data_dir, warned)) == [0]
+    warned = functools.partial(signalled_at_batch, 4, numbers, world - 1)
+    assert run(tmp_path, pretraining(data_dir, warned), world) == [0] * world
     assert "stopped at step 5" in (tmp_path / "0" / "stdout").read_text()
     assert checkpoint(tmp_path / "0" / "run")["step"] == 5
     assert run(tmp_path, pretraining(data_dir)) == [0]
-    assert_same_run(tmp_path / "0" / "run", whole)
+    tolerance = dict(atol=1e-6, rtol=1e-5) if world > 1 else {}
+    assert_same_run(tmp_path / "0" / "run", whole, **tolerance)
 
 
 def signalled_in_evaluation(rank: int) -> None:
     held_out = pretrain.Mixture.held_out
-
-    def watched(self, name):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return held_out(self, name)
-
-    pretrain.Mixture.held_out = watched
+    pretrain.Mixture.held_out = lambda self, name: (
+        os.kill(os.getpid(), signal.SIGTERM), held_out(self, name))[1]
 
 
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(tmp_path, data_dir, whole):
     """It was noted and forgotten until all corpora had been evaluated."""
     assert run(tmp_path, pretraining(data_dir, signalled_in_evaluation)) == [0]
-    assert checkpoint(tmp_path / "0" / "run")["step"] == rows(tmp_path / "0" / "run")[-1]["step"] == 6
+    folder = tmp_path / "0" / "run"
+    assert checkpoint(folder)["step"] == 6 and rows(folder)[-1]["kind"] == "train"
     assert run(tmp_path, pretraining(data_dir)) == [0]
-    assert_same_run(tmp_path / "0" / "run", whole)
-
-
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, data_dir):
-    warned = functools.partial(signalled_at_batch, 4, [signal.SIGTERM], 1)
-    assert run(tmp_path, pretraining(data_dir, warned), world=2) == [0, 0]
-    assert checkpoint(tmp_path / "0" / "run")["step"] == 5
+    assert_same_run(folder, whole)
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_sentence(tmp_path, data_dir):
@@ -595,35 +532,29 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence(tmp_path, data_dir):
 
 def test_a_run_gives_signals_and_folder_back_also_where_it_fails(tmp_path, data_dir, monkeypatch):
     """A pool that is forked after a run, in a notebook, ends its workers with SIGTERM."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert before == [signal.default_int_handler, signal.SIG_DFL]
-    monkeypatch.setattr(pretrain, "train_step", lambda *arguments: 1 / 0)
+    handlers = [signal.default_int_handler, signal.SIG_DFL]
+    monkeypatch.setattr(pretrain, "train_step", failing(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError) as kept:
         pretrain.main(settings(tmp_path, data_dir))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     monkeypatch.undo()
     assert pretrain.main(settings(tmp_path, data_dir))["step"] == 8 and kept
 
 
 @pytest.mark.parametrize("log_every, save_every, kept", [(1, 3, 3), (100, 2, 4), (100, 100, None)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
-    tmp_path, data_dir, monkeypatch, log_every, save_every, kept
-):
-    losses, next_token_loss = itertools.count(1), pretrain.next_token_loss
-
-    def diverge(model, blocks):
-        return next_token_loss(model, blocks) * (float("nan") if next(losses) == 5 else 1)
-
-    monkeypatch.setattr(pretrain, "next_token_loss", diverge)
+        tmp_path, data_dir, monkeypatch, log_every, save_every, kept):
+    losses, loss = itertools.count(1), pretrain.next_token_loss
+    monkeypatch.setattr(pretrain, "next_token_loss", lambda model, blocks: loss(model, blocks) * (
+        float("nan") if next(losses) == 5 else 1))
     every = dict(log_every=log_every, save_every=save_every, eval_every=100, keep_every=save_every)
     with pytest.raises(UserError, match="not all numbers are finite.*another --out_dir"):
-        pretrain.main(settings(tmp_path / "run", data_dir, **every))
-    saved = sorted((tmp_path / "run").glob("*.pt"))
-    assert bool(saved) == bool(kept) and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
-    for file in saved:
-        state = torch.load(file, weights_only=True)
-        assert state.get("step", 0) in (0, kept)
-        assert all(w.isfinite().all() for w in state["model"].values())
+        pretrain.main(settings(tmp_path, data_dir, **every))
+    saved = [torch.load(file, weights_only=True) for file in tmp_path.glob("*.pt")]
+    assert bool(saved) == bool(kept) and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    for state in saved:
+        assert state.get("step", kept) == kept
+        assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
 def disk_full_after(step: int, size: int, rank: int) -> None:
@@ -642,17 +573,6 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, data
     assert len(printed.splitlines()) == 1 and "mend that and start again" in printed
     assert checkpoint(tmp_path / "0" / "run")["step"] == 3
     assert not list((tmp_path / "0" / "run").glob("*.tmp"))
-
-
-def test_a_run_does_not_go_on_with_other_tokens(tmp_path, whole, data_dir):
-    """Inputs were told apart by their names: a replaced file was trained on without a word."""
-    shutil.copytree(whole, tmp_path / "run")
-    file = tmp_path / "run" / "config.json"
-    then = json.loads(file.read_text())
-    then["run"]["inputs"]["content of toy-omi1"] = "another"
-    file.write_text(json.dumps(then))
-    with pytest.raises(UserError, match="with another content of toy-omi1 .another there"):
-        pretrain.main(settings(tmp_path / "run", data_dir))
 
 
 def without_unix(rank: int) -> None:
