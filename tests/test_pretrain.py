@@ -298,9 +298,7 @@ def test_the_learning_rate_is_above_zero_at_the_first_step_and_ends_at_its_floor
 
 
 def trained(micro_batch_size: int, processes=CPU, steps=1, within=contextlib.nullcontext()):
-    """A model's weights after steps of plain gradient descent, and where its gradients were at the
-    end of each backward pass of the last step.
-    """
+    """A model's weights after steps of gradient descent; where its gradients were in the last."""
     torch.manual_seed(0)
     shape = dict(vocab_size=30, context=16, width=16, layers=1, heads=2, init_std=0.2)
     ddp = DistributedDataParallel(GPT(GPTConfig(**shape)).double(), gradient_as_bucket_view=True)
@@ -314,7 +312,7 @@ def trained(micro_batch_size: int, processes=CPU, steps=1, within=contextlib.nul
         places.clear()
         with within:
             pretrain.train_step(ddp, optimizer, mine, 80, 1.0, cfg, NO_CAST, processes)
-    return [p.detach() for p in ddp.parameters()], places
+    return list(ddp.parameters()), places
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
@@ -343,7 +341,8 @@ def test_gradients_stay_in_the_buckets_of_ddp_while_they_are_accumulated():
     """zero_grad() set them to None: each step made a second copy of them all, 4.7 GB at 1b."""
     pretrain.setup_distributed("cpu")
     weights, places = trained(2, steps=4)  # the buckets are final by then
-    assert len(places) == 3 * len(weights) and len(set(places)) == len(weights)
+    assert len(places) == 3 * len(weights)
+    assert set(places) == {weight.grad.data_ptr() for weight in weights}
 
 
 def test_fp32_master_weights_move_at_a_learning_rate_of_1e_6(gpt):
