@@ -1,7 +1,7 @@
 """Scores completions against gold answers: which format, which answer, right or wrong, and why not.
 
     score("... \\boxed{18}", "18") -> Score(reward=1.0, format="text", answer="18", failure=None)
-    python verify.py FILE.jsonl     prints a table of what any system wrote: see --help
+    python verify.py FILE     prints a table of what any system wrote; FILE is described by main
 
 Code that a model wrote runs in pydantic-monty, a Python interpreter in Rust that knows no files,
 network or processes; the gold answer never enters it. NOT covered: a fault of that interpreter,
@@ -11,7 +11,6 @@ whose workers have the rights of this process; and what a program learns from th
 import atexit
 import cmath
 import collections
-import contextlib
 import gzip
 import itertools
 import json
@@ -21,6 +20,7 @@ import os
 import re
 import sys
 import textwrap
+import threading
 import unicodedata
 import zlib
 from collections.abc import Iterator
@@ -52,8 +52,7 @@ DEFINITION = re.compile(r"^def \w+ *\((?:[^\n]*\)[^\n]*:|[^)\n]*$|[^\n]*\Z)|^def
 CODE_LINE = re.compile(
     r"$|[\s@#)\]}]|(?:def|class|import|assert) \w|from [\w.]+ import|[\w.]+\("
     r"|\w[\w.\[\]', ]*(?:: *\w+ *)?[-+*/%]*=[^=]"
-    r"|(?:if|elif|else|for|while|with|try|except|finally)\b.*:\s*(?:#.*)?$"
-)
+    r"|(?:if|elif|else|for|while|with|try|except|finally)\b.*:\s*(?:#.*)?$")
 DOCSTRING = re.compile(r"(\"\"\"|\'\'\').*?\1", re.DOTALL)
 
 
@@ -76,21 +75,17 @@ def split_format(completion: str) -> tuple[str, str | None]:
 # ---------------------------------------------------------------- the answer in prose
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\d+))")
-NUMBERS = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]nswer(?: is)?:|\b[Aa]nswer is\b)[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?"
-    r"(?=([^\n]{1,300}))"
-)
+    r"(?=([^\n]{1,300}))")
 BEHIND = re.compile(
     r"\s*(?:\.?\*\*|[.!]\s|[.!]?$|</|`|\\[\])]|\$+(?![^$]*\d)| \(|\s--|, [A-Za-z]{2}"
-    r"|,? (?:and|so|or|which|because|since|as|for|that) [A-Za-z]).*"
-)
+    r"|,? (?:and|so|or|which|because|since|as|for|that) [A-Za-z]).*")
 ANOTHER_PROBLEM = re.compile(
     r"\n\s{0,9}(?:(?:[#*\[]{1,4} ?)?(?:(?:Next|New) )?"
     r"(?:Question|Problem|Exercise|Example|Q|Human|User|Input|Instruction|Task)\b(?! is)"
-    r"|\n[^\n]{1,999}\?[ \t]{0,9}\n)"
-)
+    r"|\n[^\n]{1,999}\?[ \t]{0,9}\n)")
 
 
 def first_problem(completion: str) -> str:
@@ -106,36 +101,44 @@ def boxes(text: str) -> list[str]:
     """What each \\boxed{...} of a text holds, braces nested; one that is not closed: nothing."""
     found, end = [], 0
     for box in BOX.finditer(text):
-        depth = 1
-        for brace in re.finditer(r"[{}]", text[box.end() :] if box.start() >= end else ""):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                end = box.end() + brace.end()
-                found.append(text[box.end() : end - 1])
-                break
+        if box[1]:  # a number without braces
+            found.append(box[1])
+        elif box.start() >= end:  # not inside the one before
+            depth = 1
+            for brace in re.compile("[{}]").finditer(text, box.end()):
+                depth += 1 if brace[0] == "{" else -1
+                if depth == 0:
+                    end = brace.end()
+                    found.append(text[box.end() : end - 1])
+                    break
+            else:
+                break  # not closed, and so no later one is
     return found
 
 
-def prose_answer(text: str, last_number: bool = False) -> tuple[str | None, str]:
-    """The answer that prose states: the last box, else "####" or "answer is", else None or the
-    last number. "blocked" where it lists more than two different boxes, which is fishing.
+def prose_answer(text: str) -> tuple[str | None, str]:
+    """The answer that prose states, and its failure or "": the last box, else what is behind "####"
+    or "answer is". More than two different boxes are fishing, and "blocked".
     """
     boxed = boxes(text)
     if len(set(map(canonical, boxed[:100]))) > 2:
         return None, "blocked"
     stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)]
-    stated = stated or (NUMBERS.findall(text) if last_number else [])
     return (stated[-1] if stated else None), ""
 
 
 # ---------------------------------------------------------------- programs
 
+STARTING = threading.Lock()
+
 
 @lru_cache
 def interpreters(pid: int):
-    """The workers of process `pid`, started when they are needed."""
-    import pydantic_monty
-
+    """The workers of process `pid`, started when they are first needed."""
+    try:
+        import pydantic_monty
+    except ImportError:
+        raise ImportError("programs need pydantic-monty: pip install -r requirements.txt") from None
     if interpreters.cache_info().currsize:  # the threads that talk to them are not in a fork's copy
         raise RuntimeError("a forked process cannot run programs if its parent has: use spawn")
     pool = pydantic_monty.Monty(max_processes=WORKERS).__enter__()
@@ -145,8 +148,10 @@ def interpreters(pid: int):
 
 def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, str, bool]:
     """What the function of a program returns, or the last expression or print of a block; its
-    failure or ""; whether a float computed it.
+    failure or ""; whether a float computed it. From any thread.
     """
+    with STARTING:
+        pool = interpreters(os.getpid())
     import pydantic_monty
 
     if not is_block:
@@ -154,48 +159,34 @@ def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, 
         source += f"\n{'simple_math_problem' if 'simple_math_problem' in names else names[-1]}()"
     printed = pydantic_monty.CollectString(max_bytes=100_000)
     limits = {"max_feed_duration_secs": limit, "max_memory": MEMORY_LIMIT}
-    checkout = interpreters(os.getpid()).checkout(limits=limits, os_policy={"sleep": "zero"})
     try:
-        with checkout as session:  # of its own: nothing is left behind for the next program
+        # a session of its own: nothing is left behind for the next program
+        with pool.checkout(limits=limits, os_policy={"sleep": "zero"}) as session:
             session.feed_run("eval = exec = None")  # what computes an answer is there to be read
             value = session.feed_run(source, print_callback=printed)
         if is_block and value is None:
             value = printed.output.strip().rpartition("\n")[2] or None
             value = float(value) if value and re.fullmatch(r"-?\d+\.\d+", value) else value
-        return plain(value), "", type(value) is float
+        return None if value is None else plain(value), "", isinstance(value, float)
     except pydantic_monty.MontyError as error:
-        kind = type(error.exception())
+        kind, missing = type(error.exception()), (ImportError, PermissionError, NotImplementedError)
         if getattr(error, "timed_out", kind is TimeoutError):
             return None, "timeout", False
-        missing = issubclass(kind, (ImportError, PermissionError, NotImplementedError))
-        return None, "blocked" if missing else "error", False
+        return None, "blocked" if issubclass(kind, missing) else "error", False
     except (TypeError, ValueError):  # of plain; a block may end on what is no answer
         return None, "" if is_block else "error", False
 
 
-def plain(value, depth: int = 0) -> str | None:
-    """A value of a built-in type as a string. Raises TypeError for any other."""
-    if value is None:
-        return None
-    if type(value) is float:
+def plain(value, depth: int = 0) -> str:
+    """A number, a text or a list of them as a text. Raises TypeError for any other value."""
+    if isinstance(value, float):
         return f"{value:.12g}"  # 0.1 + 0.2 is 0.3
-    if type(value) is str and (len(value) > LONGEST_ANSWER or "\\boxed" in value):
-        raise TypeError("an answer is short, and a box is for the text to close with")
-    if type(value) in (int, bool, str, Decimal):
-        return str(value)
-    if type(value) in (list, tuple, set) and depth < 3 and 0 < len(value) <= 20:
-        inside = ", ".join(str(plain(item, depth + 1)) for item in value)
-        return f"({inside})" if type(value) is tuple else f"\\{{{inside}\\}}"
-    raise TypeError(f"a {type(value).__name__} is not an answer")
-
-
-def run_all(programs: list[tuple[str, bool]], limit: float) -> list[tuple]:
-    """The results of (source, is_block) programs; from any thread."""
-    if not programs:
-        return []
-    interpreters(os.getpid())
-    with ThreadPoolExecutor(WORKERS) as threads:
-        return list(threads.map(lambda program: run_program(*program, limit), programs))
+    if isinstance(value, (list, tuple, set)) and depth < 3 and 0 < len(value) <= 20:
+        inside = ", ".join(plain(item, depth + 1) for item in value)
+        return f"({inside})" if isinstance(value, tuple) else f"\\{{{inside}\\}}"
+    if not isinstance(value, (int, str, Decimal)) or "\\boxed" in str(value):
+        raise TypeError("no answer, or a box, which is for the text to close with")
+    return str(value)
 
 
 # ---------------------------------------------------------------- equality: one spelling
@@ -213,30 +204,31 @@ MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >=
     hundred *10^2 thousand *10^3 million *10^6 billion *10^9 trillion *10^12 half /2 halve /2
     third /3 quarter /4 fourth /4 fifth /5 sixth /6 seventh /7 eighth /8 ninth /9 tenth /10
     hundredth /100 thousandth /1000""".split())] * 2))
-FUNCTION = "asin|acos|atan|acot|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|abs"
 # a text in LaTeX, a word of four letters, or one that is known; a variable is none of these
 UNIT = (r"(?:\"(?! *(?:i|e|[apAP]\.?[mM]\b\.?) *\")[^\"]*\"|(?<=[ /\-])(?!squared|cubed|factorial)"
         r"[^\W\d_]{4,}\b|(?<= )(?:[b-df-hj-np-tv-z][aeiou][a-z]|USD|EUR)\b|[^\W\d_a-zA-Z]+"
         r"|\b(?:cm|mm|km|kg|mg|ft|in|mph|lbs?|oz|mi|sq|yd|hrs?|sec)\b|(?<=/)[hs]\b)")
+FUNCTION = "asin|acos|atan|acot|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|abs"
 # pattern -> what is written in its place, in this order; ␣ is a space, "..." a text in LaTeX
 SPELLINGS = r"""
 \\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\}|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
-\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{([^{}]*)\}|\{ *\\(?:rm|bf|it)\b([^{}]*)\} -> "\1\2"
+\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{([^{}]*)\} -> "\1"
+\{ *\\(?:rm|bf|it)\b([^{}]*)\} -> "\1"
 \\begin *\{(?:[pb]?matrix|array)\} *(?:\{[lcr|]*\})? -> ⟦⟦
 (?:\\\\)?\s*\\end *\{\w+\} -> ⟧⟧
 \\\\(?: *\[[^]]*\])? -> ⟧,⟦
 \\\{ -> ⦃
 \\\} -> ⦄
-\\(?:left|right|[bB]igg?[lr]?|q?quad|\w+style|limits|rm|bf|it|[lL]arge|huge|text|math)(?![A-Za-z]) -> ␣
+\\(?:left|right|[bB]igg?[lr]?|q?quad|\w+style|limits|rm|bf|it|[lL]arge|huge|text|math)(?!\w) -> ␣
 \\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣
 \\?arc(?=sin|cos|tan|cot) -> a
 \\(?!(?:FUNCTION|frac|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|" *" ->
 "([^"]*\d[^"]*)"|" *(and|or) *" -> ␣\1\2␣
 &|,? *\b(?:and|or)\b|; -> ,␣
-\^ *\{? *° *\}?|° *"? *[CF]\b *"? -> °
+(?:\^ *\{? *)?° *\}?(?: *"? *[CF]\b *"?)? -> °
 ^( *-?) *"? *(?:US|USD|EUR|GBP|INR|Rs\.?) *"? *(?=-?\d) -> \1
-(?<=[\w)}\]⟧⦄°!.]) *-?(?: *(?:[/*.]|per\b)? *UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[-+,;)\]}⦄=<>])) -> ␣
+(?<=[\w)}\]⟧⦄°!.])(?:[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[-+,;)\]}⦄=<>])) -> ␣
 ^ *("[^"]*"|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=
 " -> ␣
 \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}
@@ -281,17 +273,7 @@ def repeating(match: re.Match) -> str:
 # ---------------------------------------------------------------- equality: numbers
 
 POINTS = range(3)  # where variables are computed: what agrees there agrees, but for rare chance
-
-
-def each(function, *numbers) -> tuple:
-    """A function of numbers, at each point."""
-    return tuple(map(function, *numbers))
-
-
-def variable(name: str) -> tuple:
-    """A rational number of either sign at each point."""
-    hashed = [zlib.crc32(f"{name} {point}".encode()) for point in POINTS]
-    return tuple(Fraction(h % 9973 + 1, 997) * (-1) ** n for n, h in enumerate(hashed))
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "inf": math.inf}
 
 
 def power(base, exponent):
@@ -308,7 +290,6 @@ def power(base, exponent):
     return complex(sign * base) ** complex(exponent) * sign**exponent.numerator
 
 
-CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "inf": math.inf}
 FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan exp asin acos atan".split()} | {
     "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "ln": cmath.log,
     "csc": lambda x: 1 / cmath.sin(x), "acot": lambda x: cmath.atan(1 / x), "log": cmath.log10,
@@ -316,25 +297,30 @@ FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan exp asin acos a
 OPERATIONS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul),
               "/": (2, operator.truediv), "^": (3, power), "**": (3, power)}
 POSTFIX = {"!": lambda x: math.gamma(x + 1), "°": lambda x: x * math.pi / 180}
-TWO = {r"\frac": operator.truediv, r"\root": lambda n, x: power(x, 1 / n), r"\binom":
-       lambda n, k: math.gamma(n + 1) / math.gamma(k + 1) / math.gamma(n - k + 1)}
+OF_TWO = {r"\frac": operator.truediv, r"\root": lambda n, x: power(x, 1 / n), r"\binom":
+          lambda n, k: math.gamma(n + 1) / math.gamma(k + 1) / math.gamma(n - k + 1)}
 
 
-def key(meaning: tuple):
+def each(function, *numbers) -> tuple:
+    """A function of numbers, at each point."""
+    return tuple(map(function, *numbers))
+
+
+def key(meaning: tuple) -> tuple:
     """A meaning as something hashable: a number as its digits, at all points or once."""
     if isinstance(meaning[0], str):
         return meaning
-    found = tuple(map(digits, meaning))
-    return found[0] if len(set(found)) == 1 else found
+    found = each(digits, meaning)
+    return ("number", *(found[:1] if len(set(found)) == 1 else found))
 
 
-def digits(x) -> Fraction | str:
+def digits(x) -> Fraction | str | tuple:
     """A Fraction, where x is one or looks like one; else ten digits."""
     if isinstance(x, Fraction):
         return x
     real, imaginary = (p if abs(p) > 1e-11 * abs(x) else 0.0 for p in (x.real, x.imag))
     if imaginary or cmath.isinf(x):
-        return f"{real:.10g}{imaginary:+.10g}i" if imaginary else f"{x.real}"
+        return (f"{real:.10g}", f"{imaginary:.10g}") if imaginary else str(x.real)
     near = Fraction(real).limit_denominator(1000)
     rounding = 1e-12 * min(max(1, abs(real)), 1e4)  # the roots of large integers stay apart
     return near if near and abs(near - real) < rounding or not real else f"{real:.10g}"
@@ -362,12 +348,10 @@ class Reader:
     def __init__(self, text: str):
         self.tokens, self.at = [*TOKEN.findall(text), ""], 0
 
-    def next(self) -> str:
-        return self.tokens[self.at]
-
     def take(self, *choices: str) -> str:
         """The next token, and goes on behind it; "" where it is none of these."""
-        found = self.next() if not choices or self.next() in choices else ""
+        found = self.tokens[self.at]
+        found = found if not choices or found in choices else ""
         self.at += bool(found)
         return found
 
@@ -392,9 +376,9 @@ class Reader:
                 value = each(POSTFIX[sign], value)
                 continue
             # a product needs no sign, but where a number stands behind a number
-            number = NUMBER.match(self.tokens[self.at - 1])
-            factor = re.match(r"[({\\]|[^\W\d_]" if number else r"[({\\\w]", self.next())
-            binds, operation = OPERATIONS.get("*" if factor else self.next(), (0, None))
+            last, sign = self.tokens[self.at - 1 : self.at + 1]
+            sign = "*" if re.match(r"[({\\]|[^\W\d_]" if NUMBER.match(last) else r"[({\\\w]", sign) else sign
+            binds, operation = OPERATIONS.get(sign, (0, None))
             if binds < level:
                 return value
             self.take(*OPERATIONS)
@@ -404,23 +388,25 @@ class Reader:
         token = self.take()
         name, _, index = token.removeprefix("\\").partition("_")
         if NUMBER.fullmatch(token):
-            return tuple(Fraction(token) for _ in POINTS)
+            return (Fraction(token),) * len(POINTS)
         if token in ("(", "[", "{", "⦃", "⟦"):
             return self.bracket(token)
-        if token in TWO:
-            return each(TWO[token], self.atom(), self.atom())
+        if token in OF_TWO:
+            return each(OF_TWO[token], self.atom(), self.atom())
         if name in FUNCTIONS:
             return self.function(name, index)
         if name in CONSTANTS:
-            return tuple(CONSTANTS[name] for _ in POINTS)
-        if name[:1].isalpha():
-            return variable(token.lower() if len(name) > 2 else token)
-        raise ValueError(token)
+            return (CONSTANTS[name],) * len(POINTS)
+        if not name[:1].isalpha():
+            raise ValueError(token)
+        name = token.lower() if len(name) > 2 else token  # a variable: a number at each point
+        hashed = [zlib.crc32(f"{name} {point}".encode()) for point in POINTS]
+        return tuple(Fraction(h % 9973 + 1, 997) * (-1) ** n for n, h in enumerate(hashed))
 
     def bracket(self, opening: str = "") -> tuple:
         """What a bracket holds, or the whole text: there, a list without brackets is a set."""
         parts = []
-        while self.next() not in (")", "]", "}", "⦄", "⟧", ""):
+        while self.tokens[self.at] not in (")", "]", "}", "⦄", "⟧", ""):
             if not self.take(","):
                 parts.append(self.relation())
         kind = opening + self.take()
@@ -437,19 +423,19 @@ class Reader:
         exponent = self.expression(3) if self.take("^") else None
         if exponent and exponent[0] == -1 and f"a{name}" in FUNCTIONS:
             name, exponent = f"a{name}", None
-        bracketed = self.next() in ("(", "{")
+        bracketed = self.tokens[self.at] in ("(", "{")
         value = self.atom() if bracketed else self.expression(3)
-        while not bracketed and re.fullmatch(r"[A-Za-z]|\\(pi|theta)", self.next()):
+        while not bracketed and re.fullmatch(r"[A-Za-z]|\\(pi|theta)", self.tokens[self.at]):
             value = each(operator.mul, value, self.atom())
         value = each(lambda x: cmath.log(x, int(base)) if base else FUNCTIONS[name](x), value)
         return each(power, value, exponent) if exponent else value
 
 
-def gather(keys: list):
-    """A list or set: its elements in any order; one element is itself."""
-    if len({k[1] for k in keys if isinstance(k, tuple) and k[0] == "named"}) < 2:
-        keys = [k[2] if isinstance(k, tuple) and k[0] == "named" else k for k in keys]
-    flat = {m for k in keys for m in (k[1] if isinstance(k, tuple) and k[0] == "set" else [k])}
+def gather(keys: list) -> tuple:
+    """A list or set: its elements in any order; one element is itself, and one name no matter."""
+    if len({k[1] for k in keys if k[0] == "named"}) < 2:
+        keys = [k[2] if k[0] == "named" else k for k in keys]
+    flat = {element for k in keys for element in (k[1] if k[0] == "set" else [k])}
     return flat.pop() if len(flat) == 1 else ("set", frozenset(flat))
 
 
@@ -466,25 +452,24 @@ def relate(sides: list, names: list, signs: list) -> tuple:
             raise ValueError("says nothing")
         return ("=", key(each(lambda x: x / difference[0], difference)))
     if signs[0] in (">", ">="):
-        sides, names = sides[::-1], names[::-1]
-        signs = [sign.replace(">", "<") for sign in reversed(signs)]
+        return relate(sides[::-1], names[::-1], [sign.replace(">", "<") for sign in signs[::-1]])
     ends = list(map(key, sides))
-    if signs == ["!="] and names[0]:
-        return gather([("()", "-inf", ends[1]), ("()", ends[1], "inf")])
-    if len(ends) == 2 and any(names):
-        ends = ["-inf", *ends] if names[0] else [*ends, "inf"]
-        signs = ["<", *signs] if names[0] else [*signs, "<"]
-    if len(ends) == 3 and any(names):
+    if len(signs) == 1 and any(names):
+        low, high = ("number", "-inf"), ("number", "inf")
+        if signs == ["!="]:
+            return gather([("()", low, ends[1]), ("()", ends[1], high)])
+        ends, signs = ([low, *ends], ["<", *signs]) if names[0] else ([*ends, high], [*signs, "<"])
+    if len(signs) == 2 and any(names):
         return ("[("[signs[0] == "<"] + "])"[signs[1] == "<"], ends[0], ends[2])
-    return (" ".join(signs), *ends)
+    return (*signs, *ends)
 
 
 @lru_cache(maxsize=4096)
-def canonical(answer: str):
+def canonical(answer: str) -> tuple:
     """What equal answers have in common. Hashable. Raises nothing, whatever the text."""
     text = answer.strip()
     if re.fullmatch(r"-?[0-9]{1,15}", text):
-        return Fraction(int(text))
+        return ("number", Fraction(int(text)))
     if len(text) > LONGEST_ANSWER:
         return ("words", text)
     try:
@@ -497,24 +482,25 @@ def canonical(answer: str):
         return ("words", re.sub(r"[\s{}]|\.(?!\d)", "", text).lower() or text)
 
 
-def equal(prediction: str, gold: str, tolerance: float = 0.0) -> bool:
-    """Whether a predicted answer is the gold one, exactly; as a number within a relative tolerance
-    where that is above 0. A prediction may also be an equation that ends in the gold number, or
-    that says the same as the gold equation.
+def equal(prediction: str, gold: str, computed: bool = False) -> bool:
+    """Whether a predicted answer is the gold one, exactly; but for rounding where floats computed
+    it. A prediction may also be an equation that ends in the gold number, or that says the same as
+    the gold equation.
     """
     ours, theirs = canonical(prediction), canonical(gold)
     if ours == theirs:
-        return bool(prediction.strip())
-    if tolerance:
-        with contextlib.suppress(ValueError, TypeError):  # of float
-            return math.isclose(float(ours), float(theirs), rel_tol=tolerance)
-    if prediction[:1] == "[" and isinstance(theirs, tuple) and theirs[0] == "set":
-        return canonical(prediction[1:-1]) == theirs  # a list of Python's
+        return prediction.strip() != ""
+    if prediction[:1] == "[" and theirs[0] == "set":  # a list of Python's
+        return canonical(prediction[1:-1]) == theirs
     if "=" in prediction and "=" in gold:  # one may be solved for a variable
         both = (re.sub("^([^=]+)=([^=]+)$", r"\1-(\2)=0", text) for text in (prediction, gold))
         return operator.eq(*map(canonical, both))
-    _, sign, last = prediction.rpartition("=")
-    return bool(sign) and isinstance(theirs, Fraction) and canonical(last) == theirs
+    if theirs[0] != "number" or len(theirs) > 2 or isinstance(theirs[1], tuple):
+        return False
+    if computed and ours[0] == "number":  # the digits of what is irrational are rounded too
+        rounding = 1e-11 if isinstance(theirs[1], Fraction) else 1e-9
+        return math.isclose(float(ours[1]), float(theirs[1]), rel_tol=rounding)
+    return "=" in prediction and canonical(prediction.rpartition("=")[2]) == theirs
 
 
 # ---------------------------------------------------------------- scores
@@ -525,35 +511,31 @@ def score(completion: str, gold: str) -> Score:
     return score_batch([completion], [gold])[0]
 
 
-def score_batch(completions: list[str], golds: list[str], time_limit: float = TIME_LIMIT,
-                last_number: bool = False) -> list[Score]:
+def score_batch(completions: list[str], golds: list[str],
+                time_limit: float = TIME_LIMIT) -> list[Score]:
     """The score of each completion against its gold; programs run side by side, each for
-    `time_limit` seconds at most. `last_number`: prose that states no answer answers with it.
+    `time_limit` seconds at most.
     """
-    if len(completions) != len(golds):
-        raise ValueError(f"{len(completions)} completions, {len(golds)} golds")
     texts = [first_problem(text) for text in completions]
     split = [split_format(text) for text in texts]
-    ran = iter(run_all([(code, name == "omi1") for name, code in split if code], time_limit))
+    programs = [(code, name == "omi1", time_limit) for name, code in split if code]
+    with ThreadPoolExecutor(WORKERS) as threads:
+        ran = iter(list(threads.map(run_program, *zip(*programs))))
     scores = []
-    for text, gold, (name, code) in zip(texts, golds, split):
-        broken = "error" if code == "" else ""
-        answer, failure, computed = next(ran) if code else (None, broken, False)
-        shows = name == "tinygsm" or answer and not is_words(answer)
-        if name == "text" or failure == "blocked" and name == "omi1" or not (failure or shows):
-            # prose, or a block without a value or a module: the box behind it is the answer
-            stated, failure = prose_answer(text, last_number and name == "text")
+    for text, gold, (name, code) in zip(texts, golds, split, strict=True):
+        answer, failure, computed = next(ran) if code else (None, "error" * (code == ""), False)
+        shows = answer is not None and canonical(answer)[0] != "words"
+        if name == "omi1" and failure == "blocked" or name != "tinygsm" and not (failure or shows):
+            # prose, or a block that shows no value or needs a module: the box is the answer
+            stated, failure = prose_answer(text)
             answer = answer if stated is None else stated
-        tolerance = 1e-11 if computed else 0.0  # floats round; what is written does not
-        reward = float(not failure and answer is not None and equal(answer, str(gold), tolerance))
-        failure = failure or (None if reward else "no answer" if answer is None else "wrong")
-        scores.append(Score(reward, name, answer, failure))
+        right = answer is not None and equal(answer, str(gold), computed)
+        failure = failure or (None if right else "no answer" if answer is None else "wrong")
+        scores.append(Score(float(failure is None), name, answer, failure))
     return scores
 
 
-def is_words(answer: str) -> bool:
-    meaning = canonical(answer)
-    return isinstance(meaning, tuple) and meaning[0] == "words"
+# ---------------------------------------------------------------- pass@k, maj@k and their table
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -578,16 +560,14 @@ def maj_at_k(answers: list[str | None], gold: str) -> float:
     return float(winner is not None and equal(answers[winner], gold))
 
 
-# ---------------------------------------------------------------- summary and table
-
-
 def shares(rows: list[dict]) -> dict:
     """For each format: its share of rows, and its accuracy (None where it does not occur)."""
-    names = dict.fromkeys([*FORMATS, *(row["format"] for row in rows)])
-    found = {name: [row["reward"] for row in rows if row["format"] == name] for name in names}
-    return {name: {"share": len(rewards) / max(1, len(rows)),
-                   "accuracy": sum(rewards) / len(rewards) if rewards else None}
-            for name, rewards in found.items()}
+    rewards = {name: [] for name in FORMATS}
+    for row in rows:  # a format that a fork of this project adds counts too
+        rewards.setdefault(row["format"], []).append(row["reward"])
+    return {name: {"share": len(found) / max(1, len(rows)),
+                   "accuracy": sum(found) / len(found) if found else None}
+            for name, found in rewards.items()}
 
 
 def summarize(rows: list[dict], n: int | None = None) -> dict:
@@ -596,30 +576,31 @@ def summarize(rows: list[dict], n: int | None = None) -> dict:
     Greedy rows give pass@1 and formats; the others sampled_formats, pass@k and maj@k, k of them a
     question. Questions without rows count as wrong where n counts them.
     """
-    greedy, sampled = [row for row in rows if row["greedy"]], collections.defaultdict(list)
-    for row in rows:
-        if not row["greedy"]:
-            sampled[row["id"]].append(row)
-    n, groups = n or len({row["id"] for row in rows}), list(sampled.values())
-    k = min(map(len, groups), default=0)
+    greedy = [row for row in rows if row["greedy"]]
+    sampled = [row for row in rows if not row["greedy"]]
+    groups = collections.defaultdict(list)
+    for row in sampled:
+        groups[row["id"]].append(row)
+    n, k = n or len({row["id"] for row in rows}), min(map(len, groups.values()), default=0)
     pass_at_1 = sum(row["reward"] for row in greedy) / max(n, len(greedy)) if greedy else None
     summary = {"n": n, "pass@1": pass_at_1, "k": k}
     if k:
-        correct = [int(sum(row["reward"] for row in group)) for group in groups]
-        winners = [vote([row["answer"] for row in group[:k]]) for group in groups]
-        won = (g[i]["reward"] for g, i in zip(groups, winners) if i is not None)
-        summary["pass@k"] = sum(pass_at_k(len(g), c, k) for g, c in zip(groups, correct)) / n
-        summary["maj@k"] = sum(won) / n
-        summary["sampled_pass@1"] = sum(c / len(g) for g, c in zip(groups, correct)) / n
+        sums = {"sampled_pass@1": 0.0, "maj@k": 0.0, "pass@k": 0.0}
+        for group in groups.values():
+            right, winner = sum(row["reward"] for row in group), vote([r["answer"] for r in group[:k]])
+            sums["sampled_pass@1"] += right / len(group)
+            sums["maj@k"] += 0.0 if winner is None else group[winner]["reward"]
+            sums["pass@k"] += pass_at_k(len(group), int(right), k)
+        summary |= {name: total / n for name, total in sums.items()}
     failures = collections.Counter(row["failure"] for row in rows if row["failure"])
-    return {**summary, "formats": shares(greedy), "failures": dict(failures),
-            "sampled_formats": shares([row for group in groups for row in group])}
+    return {**summary, "formats": shares(greedy), "sampled_formats": shares(sampled),
+            "failures": dict(failures)}
 
 
 def percent(share: float | None, n: int) -> str:
     """A share of n independent trials with its 95% confidence interval (Wilson 1927)."""
     if share is None:
-        return "     -"
+        return ""
     z, scale = 1.96, 1 + 1.96**2 / n
     center = (share + z * z / (2 * n)) / scale
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
@@ -629,80 +610,116 @@ def percent(share: float | None, n: int) -> str:
 def table(columns: dict[str, dict]) -> str:
     """Summaries side by side: percent with 95% intervals over the questions, then each format."""
     lines, summaries = [["", *columns]], columns.values()
-    k = max((s["k"] for s in summaries), default=0)
-    for name in ("pass@1", "sampled_pass@1", "maj@k", "pass@k"):
-        if any(s.get(name) is not None for s in summaries) and (k > 1 or "@k" not in name):
-            title = name.replace("@k", f"@{k}").replace("_", " ")
-            lines.append([title, *(percent(s.get(name), s["n"]) for s in summaries)])
+    k = max(summary["k"] for summary in summaries)
+    for name in ("pass@1", "sampled_pass@1", "maj@k", "pass@k")[: 4 if k > 1 else 2]:
+        cells = [percent(summary.get(name), summary["n"]) for summary in summaries]
+        if any(cells):
+            lines.append([name.replace("@k", f"@{k}").replace("_", " "), *cells])
     for group, title in (("formats", "greedy"), ("sampled_formats", "sampled")):
-        for name in dict.fromkeys(name for s in summaries for name in s[group]):
-            cells = [s[group].get(name, {"share": 0, "accuracy": None}) for s in summaries]
-            shown = ["-" if c["accuracy"] is None else f"{c['accuracy']:.1%}" for c in cells]
-            parts = [f"{c['share']:6.1%}, {accuracy:>6}" for c, accuracy in zip(cells, shown)]
-            lines.append([f"{title} {name}: share, accuracy", *parts])
+        for name in dict.fromkeys(name for summary in summaries for name in summary[group]):
+            found = [summary[group].get(name, {"share": 0, "accuracy": None}) for summary in summaries]
+            shown = ["-" if cell["accuracy"] is None else f"{cell['accuracy']:.1%}" for cell in found]
+            cells = [f"{cell['share']:6.1%}, {part:>6}" for cell, part in zip(found, shown)]
+            lines.append([f"{title} {name}: share, accuracy", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths)) for line in lines)
-    return "\n".join(line.rstrip() for line in padded)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---------------------------------------------------------------- files and command line
 
 
 def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
-    """The objects of a .jsonl file, one a line, or of a .json array, also .gz, with the number of
-    each from 1; or, in place of one, what is wrong with it. Raises ValueError where nothing can
-    be read.
+    """The objects of a .jsonl file, one a line, or of a .json array, also .gz, each with its number
+    from 1; in place of what is no object, a sentence. Raises ValueError if nothing can be read.
     """
-    number = 0
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
-            lines = iter(stream)
-            first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
-            rows = itertools.chain([first], lines)
-            if ".json" in str(file).removesuffix(".gz")[-5:] and first.lstrip()[:1] == b"[":
-                rows = json.loads(decode(b"".join(rows)))
-            for number, row in enumerate(rows, 1):
-                if isinstance(row, dict) or row.strip():
-                    yield number, parse(row)
+            data = stream.read().removeprefix(b"\xef\xbb\xbf").strip()
+        if not data:
+            raise ValueError("it is empty")
+        # only \n ends a line: a text in quotes may hold what str.splitlines takes for an end
+        array = data[:1] == b"[" and ".jsonl" not in str(file)
+        lines = map(json.dumps, from_json(data)) if array else data.split(b"\n")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file} cannot be read ({reason})") from None
-    if not number:
-        raise ValueError(f"{file} is empty")
+        raise ValueError(f"{file} cannot be read: {reason}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                row = from_json(line)
+                yield number, row if isinstance(row, dict) else "is not a JSON object"
+        except (ValueError, RecursionError) as error:
+            yield number, f"is not JSON ({error})"
 
 
-def decode(line: bytes) -> str:
+def from_json(text: bytes | str):
     try:
-        return line.decode()
+        return json.loads(text)
     except UnicodeDecodeError:
-        return line.decode("latin-1")
-
-
-def parse(row: bytes | dict) -> dict | str:
-    try:
-        row = json.loads(decode(row)) if isinstance(row, bytes) else row
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON ({error})"
-    return row if isinstance(row, dict) else "is not an object of JSON"
+        return json.loads(text.decode("latin-1"))
 
 
 def gold_answer(value) -> str:
     """The answer of a gold field: what is behind "####", else a worked solution's last box, else
     the text itself. Raises ValueError where there is none.
     """
-    if type(value) in (int, float):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"a gold answer is a text or a number, not {json.dumps(value)[:30]}")
-    answer = value.rpartition("####")[2] if "####" in value else (boxes(value) or [value])[-1]
-    if not answer.strip():
-        raise ValueError("its gold answer is empty")
-    return answer.strip()
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        _, hashes, behind = str(value).rpartition("####")
+        answer = behind if hashes else (boxes(str(value)) or [str(value)])[-1]
+        if answer.strip():
+            return answer.strip()
+    raise ValueError(f"no answer in {json.dumps(value)[:60]}: it must be a number or a text")
 
 
-def main(argv: list[str]) -> int:
-    return 0
+def read_samples(file: str) -> tuple[list[dict], list[str]]:
+    """The rows of a file that can be scored, each with the place of its question as id; and a
+    sentence for each other one.
+    """
+    rows, bad, places = [], [], {}
+    for number, row in read_rows(file):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            if not isinstance(row.get("completion"), str) or "gold" not in row:
+                raise ValueError(f"needs completion (a text) and gold, and has {', '.join(row)}")
+            if row.setdefault("greedy", False) not in (True, False):
+                raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
+            gold, names = gold_answer(row["gold"]), [row.get("id"), row.get("question")]
+            asked = json.dumps(number if names == [None, None] else [*names, gold])
+            rows.append(row | {"gold": gold, "id": places.setdefault(asked, len(places))})
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+    return rows, bad
+
+
+def main(argv: list[str]) -> None:
+    """Prints pass@1, pass@k, maj@k, share and accuracy of each format, and failures by kind."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise ValueError("""usage: python verify.py FILE
+
+FILE is .jsonl or a .json array, also .gz, of objects with completion and gold (the answer, or a
+worked solution that ends in it). Samples of one question have the same id, question and gold;
+"greedy": true marks those that count for pass@1.""")
+    rows, bad = read_samples(argv[0])
+    if rows:
+        scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
+        summary = summarize([row | result._asdict() for row, result in zip(rows, scores)])
+        print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
+        print(table({"": summary}))
+        print("failures:", summary["failures"] or "none")
+    if bad:
+        print(f"{len(bad)} lines passed over:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ")
+    if not rows:
+        raise ValueError(f"{argv[0]} holds no completion that can be scored")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know all characters
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, ImportError) as error:
+        print(f"verify.py: {error}", file=sys.stderr)
+        sys.exit(2)
