@@ -10,6 +10,7 @@ whose workers have the rights of this process; and what a program learns from th
 
 import atexit
 import cmath
+import codecs
 import collections
 import gzip
 import itertools
@@ -17,6 +18,7 @@ import json
 import math
 import operator
 import os
+import random
 import re
 import sys
 import textwrap
@@ -169,10 +171,10 @@ def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, 
             value = float(value) if value and re.fullmatch(r"-?\d+\.\d+", value) else value
         return None if value is None else plain(value), "", isinstance(value, float)
     except pydantic_monty.MontyError as error:
-        kind, missing = type(error.exception()), (ImportError, PermissionError, NotImplementedError)
-        if getattr(error, "timed_out", kind is TimeoutError):
-            return None, "timeout", False
-        return None, "blocked" if issubclass(kind, missing) else "error", False
+        reason = error.exception()
+        late = isinstance(reason, TimeoutError) or getattr(error, "timed_out", False)
+        missing = isinstance(reason, (ImportError, PermissionError, NotImplementedError))
+        return None, "timeout" if late else "blocked" if missing else "error", False
     except (TypeError, ValueError):  # of plain; a block may end on what is no answer
         return None, "" if is_block else "error", False
 
@@ -199,7 +201,8 @@ CHARACTERS = str.maketrans("−‐‑‒–—×·⋅•∙∗÷⁄∕$€£¥~�
 MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >= \geqslant >= ≥ >=
     \ne != \neq != ≠ != \lt < \gt > \in = ∈ = \cdot * \times * \ast * \div / \cup , ∪ , \circ °
     \degree ° \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \dfrac \frac \tfrac \frac \cfrac \frac
-    \bar \overline √ \sqrt ∛ \sqrt[3] ∞ \infty π \pi ± \pm \emptyset ⦃⦄ \varnothing ⦃⦄ ∅ ⦃⦄
+    \bar \overline \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan
+    cot \frac1\tan \sec \frac1\cos \csc \frac1\sin ∞ \infty π \pi ± \pm \emptyset ⦃⦄ \varnothing ⦃⦄ ∅ ⦃⦄
     zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 dozen *12
     hundred *10^2 thousand *10^3 million *10^6 billion *10^9 trillion *10^12 half /2 halve /2
     third /3 quarter /4 fourth /4 fifth /5 sixth /6 seventh /7 eighth /8 ninth /9 tenth /10
@@ -208,9 +211,10 @@ MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >=
 UNIT = (r"(?:\"(?! *(?:i|e|[apAP]\.?[mM]\b\.?) *\")[^\"]*\"|(?<=[ /\-])(?!squared|cubed|factorial)"
         r"[^\W\d_]{4,}\b|(?<= )(?:[b-df-hj-np-tv-z][aeiou][a-z]|USD|EUR)\b|[^\W\d_a-zA-Z]+"
         r"|\b(?:cm|mm|km|kg|mg|ft|in|mph|lbs?|oz|mi|sq|yd|hrs?|sec)\b|(?<=/)[hs]\b)")
-FUNCTION = "asin|acos|atan|acot|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|abs"
+FUNCTION = "asin|acos|atan|sin|cos|tan|ln|log|exp|abs"
 # pattern -> what is written in its place, in this order; ␣ is a space, "..." a text in LaTeX
 SPELLINGS = r"""
+\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}
 \\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\}|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
 \\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{([^{}]*)\} -> "\1"
@@ -222,8 +226,9 @@ SPELLINGS = r"""
 \\\} -> ⦄
 \\(?:left|right|[bB]igg?[lr]?|q?quad|\w+style|limits|rm|bf|it|[lL]arge|huge|text|math)(?!\w) -> ␣
 \\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣
-\\?arc(?=sin|cos|tan|cot) -> a
-\\(?!(?:FUNCTION|frac|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|" *" ->
+\\?arc(?=sin|cos|tan) -> a
+\\?(sin|cos|tan) *\^ *\{? *- *1 *\}? -> a\1␣
+\\(?!(?:FUNCTION|frac|root|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|" *" ->
 "([^"]*\d[^"]*)"|" *(and|or) *" -> ␣\1\2␣
 &|,? *\b(?:and|or)\b|; -> ,␣
 (?:\^ *\{? *)?° *\}?(?: *"? *[CF]\b *"?)? -> °
@@ -235,13 +240,14 @@ SPELLINGS = r"""
 \\(frac|binom) *(\d) -> \\\1{\2}
 (?<![\w.^])(\d+) *\\frac *\{(\d+)\} *(?:\{(\d+)\}|(\d)) -> {\1+\2/\3\4}
 (?<![\w.])(\d+) +(\d+/\d+)(?!\d) -> {\1+\2}
-\\sqrt *\[([^][]*)\] -> \\root{\1}
+\\root\{2\} *\[([^][]*)\] -> \\root{\1}
 \|([^|]+)\| -> abs(\1)
 _ *\{ *(\w+) *\} -> _\1
 (?<=\*)I\b|\bI(?=\*)|(?<=\d)j\b -> i
+^[\s=]+|[\s.,:]+$ ->
 """.replace("UNIT", UNIT).replace("FUNCTION", FUNCTION).strip().split("\n")
-SPELLINGS = [line.partition(" ->")[::2] for line in SPELLINGS]
-SPELLINGS = [(re.compile(found), new.strip().replace("␣", " ")) for found, new in SPELLINGS]
+SPELLINGS = [(re.compile(found), new.strip().replace("␣", " "))
+             for found, _, new in (line.partition(" ->") for line in SPELLINGS)]
 THOUSANDS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}((?:,\d{3})+(?!,?\d)|(?: \d{3})+(?![\w/]))")
 
 
@@ -251,16 +257,14 @@ def clean(text: str) -> str:
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
         text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
     text = text.translate(CHARACTERS)
-    text = re.sub(r"\\[A-Za-z]+|[^\x00-\x7f]|(?<!\\)\b[a-z]{3,}\b",
+    text = re.sub(r"\\[A-Za-z]+|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
-    text = re.sub(r"\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)?", r"\\overline{\1\2\3}", text)
-    text = re.sub(r"(\d*)\.(\d*)\\overline *\{?(\d{1,50})\}?", repeating, text)
     for found, new in SPELLINGS:
         text = found.sub(new, text)
+    text = re.sub(r"(\d*)\.(\d*)\\overline *\{?(\d{1,50})\}?", repeating, text)
     if not re.search(r"[\[(⦃]", text):
         text = THOUSANDS.sub(lambda m: re.sub("[ ,]", "", m[0]), text)
-    text = text if re.search("sin|cos|tan|cot|sec|csc", text) else text.replace("°", "")
-    return text.strip().rstrip(".,: ").removeprefix("=").strip()
+    return text if re.search("sin|cos|tan", text) else text.replace("°", "")
 
 
 def repeating(match: re.Match) -> str:
@@ -272,7 +276,7 @@ def repeating(match: re.Match) -> str:
 
 # ---------------------------------------------------------------- equality: numbers
 
-POINTS = range(3)  # where variables are computed: what agrees there agrees, but for rare chance
+SIGNS = (1, -1, 1)  # of the points where variables are computed: what agrees there agrees
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "inf": math.inf}
 
 
@@ -290,10 +294,8 @@ def power(base, exponent):
     return complex(sign * base) ** complex(exponent) * sign**exponent.numerator
 
 
-FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan exp asin acos atan".split()} | {
-    "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "ln": cmath.log,
-    "csc": lambda x: 1 / cmath.sin(x), "acot": lambda x: cmath.atan(1 / x), "log": cmath.log10,
-    "sqrt": lambda x: power(x, Fraction(1, 2)), "abs": abs}
+FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan exp asin acos atan".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "abs": abs}
 OPERATIONS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul),
               "/": (2, operator.truediv), "^": (3, power), "**": (3, power)}
 POSTFIX = {"!": lambda x: math.gamma(x + 1), "°": lambda x: x * math.pi / 180}
@@ -314,16 +316,14 @@ def key(meaning: tuple) -> tuple:
     return ("number", *(found[:1] if len(set(found)) == 1 else found))
 
 
-def digits(x) -> Fraction | str | tuple:
+def digits(x) -> Fraction | float | str:
     """A Fraction, where x is one or looks like one; else ten digits."""
-    if isinstance(x, Fraction):
+    if isinstance(x, Fraction) or cmath.isinf(x):
         return x
-    real, imaginary = (p if abs(p) > 1e-11 * abs(x) else 0.0 for p in (x.real, x.imag))
-    if imaginary or cmath.isinf(x):
-        return (f"{real:.10g}", f"{imaginary:.10g}") if imaginary else str(x.real)
-    near = Fraction(real).limit_denominator(1000)
-    rounding = 1e-12 * min(max(1, abs(real)), 1e4)  # the roots of large integers stay apart
-    return near if near and abs(near - real) < rounding or not real else f"{real:.10g}"
+    parts = (part if abs(part) > 1e-11 * abs(x) else 0.0 for part in (x.real, x.imag))
+    x, rounding = complex(*parts), 1e-12 * min(max(1, abs(x)), 1e4)  # large roots stay apart
+    near = Fraction(x.real).limit_denominator(1000)
+    return near if near and abs(near - x) < rounding or not x else f"{x:.10g}"
 
 
 # ---------------------------------------------------------------- equality: the grammar
@@ -376,9 +376,9 @@ class Reader:
                 value = each(POSTFIX[sign], value)
                 continue
             # a product needs no sign, but where a number stands behind a number
-            last, sign = self.tokens[self.at - 1 : self.at + 1]
-            sign = "*" if re.match(r"[({\\]|[^\W\d_]" if NUMBER.match(last) else r"[({\\\w]", sign) else sign
-            binds, operation = OPERATIONS.get(sign, (0, None))
+            number = NUMBER.match(self.tokens[self.at - 1])
+            factor = re.match(r"[({\\]|[^\W\d_]" if number else r"[({\\\w]", self.tokens[self.at])
+            binds, operation = OPERATIONS.get("*" if factor else self.tokens[self.at], (0, None))
             if binds < level:
                 return value
             self.take(*OPERATIONS)
@@ -388,7 +388,7 @@ class Reader:
         token = self.take()
         name, _, index = token.removeprefix("\\").partition("_")
         if NUMBER.fullmatch(token):
-            return (Fraction(token),) * len(POINTS)
+            return (Fraction(token),) * len(SIGNS)
         if token in ("(", "[", "{", "⦃", "⟦"):
             return self.bracket(token)
         if token in OF_TWO:
@@ -396,33 +396,31 @@ class Reader:
         if name in FUNCTIONS:
             return self.function(name, index)
         if name in CONSTANTS:
-            return (CONSTANTS[name],) * len(POINTS)
+            return (CONSTANTS[name],) * len(SIGNS)
         if not name[:1].isalpha():
             raise ValueError(token)
-        name = token.lower() if len(name) > 2 else token  # a variable: a number at each point
-        hashed = [zlib.crc32(f"{name} {point}".encode()) for point in POINTS]
-        return tuple(Fraction(h % 9973 + 1, 997) * (-1) ** n for n, h in enumerate(hashed))
+        rng = random.Random(token.lower() if len(name) > 2 else token)  # the same in every process
+        return tuple(Fraction(rng.randint(1, 9999) * sign, 997) for sign in SIGNS)
 
     def bracket(self, opening: str = "") -> tuple:
         """What a bracket holds, or the whole text: there, a list without brackets is a set."""
         parts = []
-        while self.tokens[self.at] not in (")", "]", "}", "⦄", "⟧", ""):
+        while self.tokens[self.at] not in (")", "]", "}", "⦄", "⟧", "") :
+            parts.append(self.relation())
             if not self.take(","):
-                parts.append(self.relation())
-        kind = opening + self.take()
+                break
+        kind, keys = opening + self.take(), list(map(key, parts))
         if kind in ("", "()", "[]", "{}", "⦃⦄") and len(parts) == 1:
             return parts[0]
+        if kind in ("()", "[]", "(]", "[)", "⟦⟧"):
+            return (kind, *keys)
         if kind == "⦃⦄" or kind in ("", "{}") and parts:
-            return gather(list(map(key, parts)))
-        if kind not in ("()", "[]", "(]", "[)", "⟦⟧"):
-            raise ValueError(kind)
-        return (kind, *map(key, parts))
+            return gather(keys)
+        raise ValueError(kind)
 
     def function(self, name: str, base: str) -> tuple:
         """A function, with the exponent and the argument behind it: sin^2 x, log_2 8, ln(3)."""
         exponent = self.expression(3) if self.take("^") else None
-        if exponent and exponent[0] == -1 and f"a{name}" in FUNCTIONS:
-            name, exponent = f"a{name}", None
         bracketed = self.tokens[self.at] in ("(", "{")
         value = self.atom() if bracketed else self.expression(3)
         while not bracketed and re.fullmatch(r"[A-Za-z]|\\(pi|theta)", self.tokens[self.at]):
@@ -440,8 +438,8 @@ def gather(keys: list) -> tuple:
 
 
 def relate(sides: list, names: list, signs: list) -> tuple:
-    """What a relation says of a name: "x = 5" is 5, "x < 5" an interval. Of no name: an equation up
-    to a factor, else its sides.
+    """What a relation says of a name: "x = 5" is 5, "x < 5" an interval; an equation of no name
+    counts up to a factor.
     """
     if signs[0] == "=" and any(names):
         name, value = (names[0], sides[-1]) if names[0] else (names[-1], sides[0])
@@ -451,17 +449,18 @@ def relate(sides: list, names: list, signs: list) -> tuple:
         if len(set(difference)) == 1:
             raise ValueError("says nothing")
         return ("=", key(each(lambda x: x / difference[0], difference)))
-    if signs[0] in (">", ">="):
-        return relate(sides[::-1], names[::-1], [sign.replace(">", "<") for sign in signs[::-1]])
-    ends = list(map(key, sides))
-    if len(signs) == 1 and any(names):
-        low, high = ("number", "-inf"), ("number", "inf")
-        if signs == ["!="]:
-            return gather([("()", low, ends[1]), ("()", ends[1], high)])
-        ends, signs = ([low, *ends], ["<", *signs]) if names[0] else ([*ends, high], [*signs, "<"])
-    if len(signs) == 2 and any(names):
-        return ("[("[signs[0] == "<"] + "])"[signs[1] == "<"], ends[0], ends[2])
-    return (*signs, *ends)
+    kind, low, high = "()", ("number", -math.inf), ("number", math.inf)
+    if signs == ["!="] and names[0]:
+        return gather([(kind, low, key(sides[1])), (kind, key(sides[1]), high)])
+    for i, sign in enumerate(signs):
+        small, large = (i, i + 1) if sign[0] == "<" else (i + 1, i)
+        if names[large]:
+            low, kind = key(sides[small]), "(["["=" in sign] + kind[1]
+        elif names[small]:
+            high, kind = key(sides[large]), kind[0] + ")]"["=" in sign]
+        else:
+            raise ValueError("a relation of no name")
+    return (kind, low, high)
 
 
 @lru_cache(maxsize=4096)
@@ -495,12 +494,11 @@ def equal(prediction: str, gold: str, computed: bool = False) -> bool:
     if "=" in prediction and "=" in gold:  # one may be solved for a variable
         both = (re.sub("^([^=]+)=([^=]+)$", r"\1-(\2)=0", text) for text in (prediction, gold))
         return operator.eq(*map(canonical, both))
-    if theirs[0] != "number" or len(theirs) > 2 or isinstance(theirs[1], tuple):
-        return False
-    if computed and ours[0] == "number":  # the digits of what is irrational are rounded too
+    number = theirs[0] == "number" and len(theirs) == 2
+    if number and computed and ours[0] == "number":  # of what is irrational ten digits are known
         rounding = 1e-11 if isinstance(theirs[1], Fraction) else 1e-9
-        return math.isclose(float(ours[1]), float(theirs[1]), rel_tol=rounding)
-    return "=" in prediction and canonical(prediction.rpartition("=")[2]) == theirs
+        return cmath.isclose(complex(ours[1]), complex(theirs[1]), rel_tol=rounding)
+    return number and "=" in prediction and canonical(prediction.rpartition("=")[2]) == theirs
 
 
 # ---------------------------------------------------------------- scores
@@ -615,17 +613,23 @@ def table(columns: dict[str, dict]) -> str:
         cells = [percent(summary.get(name), summary["n"]) for summary in summaries]
         if any(cells):
             lines.append([name.replace("@k", f"@{k}").replace("_", " "), *cells])
-    for group, title in (("formats", "greedy"), ("sampled_formats", "sampled")):
+    for group in ("formats", "sampled_formats"):
+        title = "greedy" if group == "formats" else "sampled"
         for name in dict.fromkeys(name for summary in summaries for name in summary[group]):
-            found = [summary[group].get(name, {"share": 0, "accuracy": None}) for summary in summaries]
-            shown = ["-" if cell["accuracy"] is None else f"{cell['accuracy']:.1%}" for cell in found]
-            cells = [f"{cell['share']:6.1%}, {part:>6}" for cell, part in zip(found, shown)]
-            lines.append([f"{title} {name}: share, accuracy", *cells])
+            line = [f"{title} {name}: share, accuracy"]
+            for summary in summaries:
+                found = summary[group].get(name, {"share": 0, "accuracy": None})
+                shown = "-" if found["accuracy"] is None else f"{found['accuracy']:.1%}"
+                line.append(f"{found['share']:6.1%}, {shown:>6}")
+            lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---------------------------------------------------------------- files and command line
+
+
+codecs.register_error("else latin-1", lambda e: (e.object[e.start : e.end].decode("latin-1"), e.end))
 
 
 def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
@@ -634,29 +638,22 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
     """
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
-            data = stream.read().removeprefix(b"\xef\xbb\xbf").strip()
-        if not data:
-            raise ValueError("it is empty")
-        # only \n ends a line: a text in quotes may hold what str.splitlines takes for an end
-        array = data[:1] == b"[" and ".jsonl" not in str(file)
-        lines = map(json.dumps, from_json(data)) if array else data.split(b"\n")
+            text = stream.read().decode("utf-8-sig", "else latin-1").strip()
+        array = text[:1] == "[" and ".jsonl" not in str(file)
+        # only \n ends a line: str.splitlines would cut texts in two
+        lines = map(json.dumps, json.loads(text)) if array else text.split("\n")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{file} cannot be read: {reason}") from None
+    if not text:
+        raise ValueError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                row = from_json(line)
+                row = json.loads(line)
                 yield number, row if isinstance(row, dict) else "is not a JSON object"
         except (ValueError, RecursionError) as error:
             yield number, f"is not JSON ({error})"
-
-
-def from_json(text: bytes | str):
-    try:
-        return json.loads(text)
-    except UnicodeDecodeError:
-        return json.loads(text.decode("latin-1"))
 
 
 def gold_answer(value) -> str:
@@ -672,9 +669,7 @@ def gold_answer(value) -> str:
 
 
 def read_samples(file: str) -> tuple[list[dict], list[str]]:
-    """The rows of a file that can be scored, each with the place of its question as id; and a
-    sentence for each other one.
-    """
+    """The rows of a file that can be scored, with their question's place as id; what others lack."""
     rows, bad, places = [], [], {}
     for number, row in read_rows(file):
         try:
@@ -684,9 +679,10 @@ def read_samples(file: str) -> tuple[list[dict], list[str]]:
                 raise ValueError(f"needs completion (a text) and gold, and has {', '.join(row)}")
             if row.setdefault("greedy", False) not in (True, False):
                 raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
-            gold, names = gold_answer(row["gold"]), [row.get("id"), row.get("question")]
-            asked = json.dumps(number if names == [None, None] else [*names, gold])
-            rows.append(row | {"gold": gold, "id": places.setdefault(asked, len(places))})
+            asked = [row.get("id"), row.get("question"), gold_answer(row["gold"])]
+            asked = json.dumps(number if asked[:2] == [None, None] else asked)
+            place = places.setdefault(asked, len(places))
+            rows.append(row | {"gold": gold_answer(row["gold"]), "id": place})
         except ValueError as error:
             bad.append(f"line {number}: {error}")
     return rows, bad
@@ -701,16 +697,15 @@ FILE is .jsonl or a .json array, also .gz, of objects with completion and gold (
 worked solution that ends in it). Samples of one question have the same id, question and gold;
 "greedy": true marks those that count for pass@1.""")
     rows, bad = read_samples(argv[0])
-    if rows:
-        scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
-        summary = summarize([row | result._asdict() for row, result in zip(rows, scores)])
-        print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
-        print(table({"": summary}))
-        print("failures:", summary["failures"] or "none")
+    if not rows:
+        raise ValueError(f"{argv[0]} holds nothing that can be scored: {bad[0]}")
+    scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
+    summary = summarize([row | result._asdict() for row, result in zip(rows, scores)])
+    print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
+    print(table({"": summary}))
+    print("failures:", summary["failures"] or "none")
     if bad:
         print(f"{len(bad)} lines passed over:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ")
-    if not rows:
-        raise ValueError(f"{argv[0]} holds no completion that can be scored")
 
 
 if __name__ == "__main__":
