@@ -76,7 +76,7 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 # ---------------------------------------------------------------- the answer in prose
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\d+))")
+BOX, BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]nswer(?: is)?:|\b[Aa]nswer is\b)[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?"
@@ -103,26 +103,21 @@ def boxes(text: str) -> list[str]:
     """What each \\boxed{...} of a text holds, braces nested; one that is not closed: nothing."""
     found, end = [], 0
     for box in BOX.finditer(text):
-        if box[1]:  # a number without braces
-            found.append(box[1])
-        elif box.start() >= end:  # not inside the one before
-            depth = 1
-            for brace in re.compile("[{}]").finditer(text, box.end()):
-                depth += 1 if brace[0] == "{" else -1
-                if depth == 0:
-                    end = brace.end()
-                    found.append(text[box.end() : end - 1])
-                    break
-            else:
-                break  # not closed, and so no later one is
+        depth = box.start() >= end  # else it is inside the one before
+        for brace in BRACE.finditer(text, box.end() if depth else len(text)):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                end = brace.end()
+                found.append(text[box.end() : end - 1])
+                break
+        if depth > 0:
+            break  # not closed, and so no later one is
     return found
 
 
 def prose_answer(text: str) -> tuple[str | None, str]:
-    """The answer that prose states, and its failure or "": the last box, else what is behind "####"
-    or "answer is". More than two different boxes are fishing, and "blocked".
-    """
-    boxed = boxes(text)
+    """The last box, else what is behind "####" or "answer is"; "blocked" where boxes are fishing."""
+    boxed = boxes(re.sub(r"(\\boxed|\\fbox)\s+(\d+)", r"\1{\2}", text))
     if len(set(map(canonical, boxed[:100]))) > 2:
         return None, "blocked"
     stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)]
@@ -149,8 +144,8 @@ def interpreters(pid: int):
 
 
 def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, str, bool]:
-    """What the function of a program returns, or the last expression or print of a block; its
-    failure or ""; whether a float computed it. From any thread.
+    """What a function returns, or a block's last expression or print; its failure or ""; whether a
+    float computed it. From any thread.
     """
     with STARTING:
         pool = interpreters(os.getpid())
@@ -159,12 +154,11 @@ def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, 
     if not is_block:
         names = re.findall(r"^def (\w+)", source, re.M) or ["nothing"]
         source += f"\n{'simple_math_problem' if 'simple_math_problem' in names else names[-1]}()"
+    source = "eval = exec = None\n" + source  # what computes an answer is there to be read
     printed = pydantic_monty.CollectString(max_bytes=100_000)
     limits = {"max_feed_duration_secs": limit, "max_memory": MEMORY_LIMIT}
-    try:
-        # a session of its own: nothing is left behind for the next program
-        with pool.checkout(limits=limits, os_policy={"sleep": "zero"}) as session:
-            session.feed_run("eval = exec = None")  # what computes an answer is there to be read
+    try:  # a session of its own: nothing is left behind for the next program
+        with pool.checkout(limits=limits, os_policy={"sleep": "call_host"}) as session:
             value = session.feed_run(source, print_callback=printed)
         if is_block and value is None:
             value = printed.output.strip().rpartition("\n")[2] or None
@@ -200,7 +194,7 @@ def plain(value, depth: int = 0) -> str:
 CHARACTERS = str.maketrans("−‐‑‒–—×·⋅•∙∗÷⁄∕$€£¥~“”`\"", "------******///         ")
 MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >= \geqslant >= ≥ >=
     \ne != \neq != ≠ != \lt < \gt > \in = ∈ = \cdot * \times * \ast * \div / \cup , ∪ , \circ °
-    \degree ° \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \dfrac \frac \tfrac \frac \cfrac \frac
+    \degree ° \{ ⦃ \} ⦄ \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \dfrac \frac \tfrac \frac \cfrac \frac
     \bar \overline \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan
     cot \frac1\tan \sec \frac1\cos \csc \frac1\sin ∞ \infty π \pi ± \pm \emptyset ⦃⦄ \varnothing ⦃⦄ ∅ ⦃⦄
     zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 dozen *12
@@ -217,13 +211,10 @@ SPELLINGS = r"""
 \\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}
 \\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\}|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
-\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{([^{}]*)\} -> "\1"
-\{ *\\(?:rm|bf|it)\b([^{}]*)\} -> "\1"
+(?:\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{|\{ *\\(?:rm|bf|it)\b)([^{}]*)\} -> "\1"
 \\begin *\{(?:[pb]?matrix|array)\} *(?:\{[lcr|]*\})? -> ⟦⟦
 (?:\\\\)?\s*\\end *\{\w+\} -> ⟧⟧
 \\\\(?: *\[[^]]*\])? -> ⟧,⟦
-\\\{ -> ⦃
-\\\} -> ⦄
 \\(?:left|right|[bB]igg?[lr]?|q?quad|\w+style|limits|rm|bf|it|[lL]arge|huge|text|math)(?!\w) -> ␣
 \\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣
 \\?arc(?=sin|cos|tan) -> a
@@ -257,7 +248,7 @@ def clean(text: str) -> str:
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
         text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
     text = text.translate(CHARACTERS)
-    text = re.sub(r"\\[A-Za-z]+|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
+    text = re.sub(r"\\(?:[A-Za-z]+|[{}])|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
     for found, new in SPELLINGS:
         text = found.sub(new, text)
@@ -282,16 +273,14 @@ CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "inf": math
 
 def power(base, exponent):
     """base ** exponent: exact where that is rational; of a negative number the real odd root."""
-    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction)):
-        return complex(base) ** complex(exponent)
-    n, parts = exponent.denominator, (abs(base.numerator), base.denominator)
-    if max(parts).bit_length() * abs(exponent) > 10_000:
-        raise ValueError("too large")
-    sign = -1 if base < 0 and n % 2 else 1
-    roots = parts if n == 1 else [round(part ** (1 / n)) for part in parts]
-    if (root := sign * Fraction(*roots)) ** n == base:
-        return root**exponent.numerator
-    return complex(sign * base) ** complex(exponent) * sign**exponent.numerator
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        if (base.numerator * base.denominator).bit_length() * abs(exponent) > 10_000:
+            raise ValueError("too large")
+        if exponent.denominator == 1:
+            return base ** int(exponent)
+        if base < 0 and exponent.denominator % 2:
+            return power(-base, exponent) * (-1) ** exponent.numerator
+    return complex(base) ** complex(exponent)
 
 
 FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan exp asin acos atan".split()}
@@ -320,10 +309,10 @@ def digits(x) -> Fraction | float | str:
     """A Fraction, where x is one or looks like one; else ten digits."""
     if isinstance(x, Fraction) or cmath.isinf(x):
         return x
-    parts = (part if abs(part) > 1e-11 * abs(x) else 0.0 for part in (x.real, x.imag))
-    x, rounding = complex(*parts), 1e-12 * min(max(1, abs(x)), 1e4)  # large roots stay apart
-    near = Fraction(x.real).limit_denominator(1000)
-    return near if near and abs(near - x) < rounding or not x else f"{x:.10g}"
+    x = complex(*(part if abs(part) > 1e-11 * abs(x) else 0.0 for part in (x.real, x.imag)))
+    near = Fraction(x.real).limit_denominator(10_000)
+    exact = abs(near - x) < 1e-12 * min(max(1, abs(x)), 1e4) and abs(x) < 1e12 and near or not x
+    return near if exact else f"{x:.10g}"
 
 
 # ---------------------------------------------------------------- equality: the grammar
@@ -482,9 +471,8 @@ def canonical(answer: str) -> tuple:
 
 
 def equal(prediction: str, gold: str, computed: bool = False) -> bool:
-    """Whether a predicted answer is the gold one, exactly; but for rounding where floats computed
-    it. A prediction may also be an equation that ends in the gold number, or that says the same as
-    the gold equation.
+    """Whether a predicted answer is the gold one; but for rounding where floats computed it. It may
+    also be an equation that ends in the gold number, or that says the same as the gold equation.
     """
     ours, theirs = canonical(prediction), canonical(gold)
     if ours == theirs:
@@ -569,36 +557,34 @@ def shares(rows: list[dict]) -> dict:
 
 
 def summarize(rows: list[dict], n: int | None = None) -> dict:
-    """Metrics of scored rows (id, gold, format, answer, reward, failure, greedy) of n questions.
-
-    Greedy rows give pass@1 and formats; the others sampled_formats, pass@k and maj@k, k of them a
-    question. Questions without rows count as wrong where n counts them.
+    """Metrics of scored rows (id, gold, format, answer, reward, failure, greedy) of n questions:
+    pass@1 of greedy rows; pass@k and maj@k of the others, k of them a question. Questions without
+    rows count as wrong where n counts them.
     """
     greedy = [row for row in rows if row["greedy"]]
     sampled = [row for row in rows if not row["greedy"]]
-    groups = collections.defaultdict(list)
+    groups = {row["id"]: [] for row in sampled}
     for row in sampled:
         groups[row["id"]].append(row)
     n, k = n or len({row["id"] for row in rows}), min(map(len, groups.values()), default=0)
     pass_at_1 = sum(row["reward"] for row in greedy) / max(n, len(greedy)) if greedy else None
     summary = {"n": n, "pass@1": pass_at_1, "k": k}
-    if k:
-        sums = {"sampled_pass@1": 0.0, "maj@k": 0.0, "pass@k": 0.0}
-        for group in groups.values():
-            right, winner = sum(row["reward"] for row in group), vote([r["answer"] for r in group[:k]])
-            sums["sampled_pass@1"] += right / len(group)
-            sums["maj@k"] += 0.0 if winner is None else group[winner]["reward"]
-            sums["pass@k"] += pass_at_k(len(group), int(right), k)
-        summary |= {name: total / n for name, total in sums.items()}
+    names = ("sampled_pass@1", "maj@k", "pass@k")
+    summary |= dict.fromkeys(names if k else (), 0.0)
+    for group in groups.values():
+        right, winner = sum(row["reward"] for row in group), vote([r["answer"] for r in group[:k]])
+        won = 0.0 if winner is None else group[winner]["reward"]
+        for name, value in zip(names, (right / len(group), won, pass_at_k(len(group), int(right), k))):
+            summary[name] += value / n
     failures = collections.Counter(row["failure"] for row in rows if row["failure"])
     return {**summary, "formats": shares(greedy), "sampled_formats": shares(sampled),
             "failures": dict(failures)}
 
 
-def percent(share: float | None, n: int) -> str:
-    """A share of n independent trials with its 95% confidence interval (Wilson 1927)."""
-    if share is None:
-        return ""
+def percent(share: float | None, n: int = 0) -> str:
+    """A share; of n independent trials with its 95% confidence interval (Wilson 1927)."""
+    if share is None or not n:
+        return "-" if share is None else f"{share:6.1%}"
     z, scale = 1.96, 1 + 1.96**2 / n
     center = (share + z * z / (2 * n)) / scale
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
@@ -610,18 +596,15 @@ def table(columns: dict[str, dict]) -> str:
     lines, summaries = [["", *columns]], columns.values()
     k = max(summary["k"] for summary in summaries)
     for name in ("pass@1", "sampled_pass@1", "maj@k", "pass@k")[: 4 if k > 1 else 2]:
-        cells = [percent(summary.get(name), summary["n"]) for summary in summaries]
-        if any(cells):
+        shown = [summary.get(name) for summary in summaries]
+        if shown != [None] * len(shown):
+            cells = [percent(share, summary["n"]) for share, summary in zip(shown, summaries)]
             lines.append([name.replace("@k", f"@{k}").replace("_", " "), *cells])
-    for group in ("formats", "sampled_formats"):
-        title = "greedy" if group == "formats" else "sampled"
+    for group, title in (("formats", "greedy"), ("sampled_formats", "sampled")):
         for name in dict.fromkeys(name for summary in summaries for name in summary[group]):
-            line = [f"{title} {name}: share, accuracy"]
-            for summary in summaries:
-                found = summary[group].get(name, {"share": 0, "accuracy": None})
-                shown = "-" if found["accuracy"] is None else f"{found['accuracy']:.1%}"
-                line.append(f"{found['share']:6.1%}, {shown:>6}")
-            lines.append(line)
+            found = [summary[group].get(name) or shares([])["text"] for summary in summaries]
+            cells = [f"{percent(f['share'])}, {percent(f['accuracy']):>6}" for f in found]
+            lines.append([f"{title} {name}: share, accuracy", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -639,18 +622,17 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
             text = stream.read().decode("utf-8-sig", "else latin-1").strip()
-        array = text[:1] == "[" and ".jsonl" not in str(file)
-        # only \n ends a line: str.splitlines would cut texts in two
-        lines = map(json.dumps, json.loads(text)) if array else text.split("\n")
+        if not text:
+            raise ValueError("it is empty")
+        array = text[0] == "[" and ".jsonl" not in str(file)
+        lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{file} cannot be read: {reason}") from None
-    if not text:
-        raise ValueError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
         try:
-            if line.strip():
-                row = json.loads(line)
+            row = json.loads(line) if line.strip() else None
+            if row is not None:
                 yield number, row if isinstance(row, dict) else "is not a JSON object"
         except (ValueError, RecursionError) as error:
             yield number, f"is not JSON ({error})"
