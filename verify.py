@@ -10,7 +10,6 @@ whose workers have the rights of this process; and what a program learns from th
 
 import atexit
 import cmath
-import codecs
 import collections
 import gzip
 import itertools
@@ -34,7 +33,7 @@ from typing import NamedTuple
 
 FORMATS = ("tinygsm", "omi1", "text")
 TIME_LIMIT = 1.0  # seconds for one program, by the clock
-MEMORY_LIMIT = 64 << 20  # bytes of a program's values
+MEMORY = 64 << 20  # bytes of a program's values
 WORKERS = 16  # programs side by side: those that loop for ever wait for their end together
 LONGEST_ANSWER = 1000  # characters; a longer one is compared by spelling
 
@@ -47,7 +46,6 @@ class Score(NamedTuple):
 
 
 # ---------------------------------------------------------------- format
-
 # a line at the margin that begins a function; at the end of a completion it may be cut off
 DEFINITION = re.compile(r"^def \w+ *\((?:[^\n]*\)[^\n]*:|[^)\n]*$|[^\n]*\Z)|^def \w*\Z", re.M)
 # a line that may stand beside functions; a line of prose ends a program
@@ -65,8 +63,7 @@ def split_format(completion: str) -> tuple[str, str | None]:
         whole = all(closing for _, closing in blocks)
         return "omi1", "\n".join(code.strip("\n") for code, _ in blocks) if whole else ""
     # docstrings are left out: their lines may look like prose, and need not be indented
-    code = DOCSTRING.sub('""', completion.replace("\r\n", "\n"))
-    code = textwrap.dedent(code).lstrip()
+    code = textwrap.dedent(DOCSTRING.sub('""', completion.replace("\r\n", "\n"))).lstrip()
     if definition := DEFINITION.search(code):
         above = filter(CODE_LINE.match, code[: definition.start()].split("\n"))
         below = itertools.takewhile(CODE_LINE.match, code[definition.start() :].split("\n"))
@@ -75,8 +72,10 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 
 # ---------------------------------------------------------------- the answer in prose
-
-BOX, BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
+INSIDE = "[^{}]*+"  # of braces, which may hold others, and these others
+for _ in range(6):
+    INSIDE = rf"(?:[^{{}}]++|\{{{INSIDE}\}})*+"
+BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({INSIDE})\}}")
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]nswer(?: is)?:|\b[Aa]nswer is\b)[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?"
@@ -92,27 +91,16 @@ ANOTHER_PROBLEM = re.compile(
 
 def first_problem(completion: str) -> str:
     """A completion up to the problem that some models make up and solve behind their answer."""
-    if "<llm-code>" not in completion and DEFINITION.search(completion):
-        return completion  # split_format finds the end of a program
     answered = BOX.search(completion) or STATED.search(completion)
+    if "<llm-code>" not in completion and DEFINITION.search(completion):
+        answered = None  # split_format finds the end of a program
     another = answered and ANOTHER_PROBLEM.search(completion, answered.end())
     return completion[: another.start()] if another else completion
 
 
 def boxes(text: str) -> list[str]:
-    """What each \\boxed{...} of a text holds, braces nested; one that is not closed: nothing."""
-    found, end = [], 0
-    for box in BOX.finditer(text):
-        depth = box.start() >= end  # else it is inside the one before
-        for brace in BRACE.finditer(text, box.end() if depth else len(text)):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                end = brace.end()
-                found.append(text[box.end() : end - 1])
-                break
-        if depth > 0:
-            break  # not closed, and so no later one is
-    return found
+    """What each \\boxed{...} of a text holds; one that is not closed: nothing."""
+    return BOX.findall(text)
 
 
 def prose_answer(text: str) -> tuple[str | None, str]:
@@ -125,7 +113,6 @@ def prose_answer(text: str) -> tuple[str | None, str]:
 
 
 # ---------------------------------------------------------------- programs
-
 STARTING = threading.Lock()
 
 
@@ -144,27 +131,26 @@ def interpreters(pid: int):
 
 
 def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, str, bool]:
-    """What a function returns, or a block's last expression or print; its failure or ""; whether a
+    """What a function returns, or a block's last expression or print; the failure, or ""; whether a
     float computed it. From any thread.
     """
     with STARTING:
         pool = interpreters(os.getpid())
-    import pydantic_monty
+    from pydantic_monty import CollectString, MontyError
 
     if not is_block:
         names = re.findall(r"^def (\w+)", source, re.M) or ["nothing"]
         source += f"\n{'simple_math_problem' if 'simple_math_problem' in names else names[-1]}()"
     source = "eval = exec = None\n" + source  # what computes an answer is there to be read
-    printed = pydantic_monty.CollectString(max_bytes=100_000)
-    limits = {"max_feed_duration_secs": limit, "max_memory": MEMORY_LIMIT}
+    printed, limits = CollectString(100_000), dict(max_feed_duration_secs=limit, max_memory=MEMORY)
     try:  # a session of its own: nothing is left behind for the next program
         with pool.checkout(limits=limits, os_policy={"sleep": "call_host"}) as session:
             value = session.feed_run(source, print_callback=printed)
         if is_block and value is None:
             value = printed.output.strip().rpartition("\n")[2] or None
             value = float(value) if value and re.fullmatch(r"-?\d+\.\d+", value) else value
-        return None if value is None else plain(value), "", isinstance(value, float)
-    except pydantic_monty.MontyError as error:
+        return value if value is None else plain(value), "", isinstance(value, float)
+    except MontyError as error:
         reason = error.exception()
         late = isinstance(reason, TimeoutError) or getattr(error, "timed_out", False)
         missing = isinstance(reason, (ImportError, PermissionError, NotImplementedError))
@@ -186,7 +172,6 @@ def plain(value, depth: int = 0) -> str:
 
 
 # ---------------------------------------------------------------- equality: one spelling
-#
 # Two answers are equal when their canonical forms are. A text is first rid of what changes no
 # meaning (fonts, spacing, currency, units), then read by the grammar below. What cannot be read is
 # compared by its spelling. Nothing is ever evaluated as Python.
@@ -252,21 +237,13 @@ def clean(text: str) -> str:
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
     for found, new in SPELLINGS:
         text = found.sub(new, text)
-    text = re.sub(r"(\d*)\.(\d*)\\overline *\{?(\d{1,50})\}?", repeating, text)
+    text = re.sub(r"(\d*\.\d*)\\overline *\{?(\d{1,9})\}?", r"0\1" + r"\2" * 30 + "…", text)
     if not re.search(r"[\[(⦃]", text):
         text = THOUSANDS.sub(lambda m: re.sub("[ ,]", "", m[0]), text)
     return text if re.search("sin|cos|tan", text) else text.replace("°", "")
 
 
-def repeating(match: re.Match) -> str:
-    """0.1666... as a fraction."""
-    whole, fixed, repeated = match.groups()
-    nines, value = 10 ** len(repeated) - 1, int(whole + fixed or 0)
-    return rf"\frac{{{value * nines + int(repeated)}}}{{{10 ** len(fixed) * nines}}}"
-
-
 # ---------------------------------------------------------------- equality: numbers
-
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "inf": math.inf}
 
 
@@ -302,9 +279,8 @@ def digits(x):
 
 
 # ---------------------------------------------------------------- equality: the grammar
-
 LETTER = r"[^\W\d_]"
-NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+")
+NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d)|…)?|\.\d+")
 TOKEN = re.compile(
     rf"{NUMBER.pattern}|(?:\\[A-Za-z]+|(?:{FUNCTION}|pi|inf)(?!{LETTER}{{2}})"
     rf"|{LETTER}{{3,}}(?: +{LETTER}+)*|{LETTER})(?:_\w+)?'*|\*\*|[<>!]=|\S")
@@ -324,8 +300,7 @@ class Reader:
 
     def take(self, *choices: str) -> str:
         """The next token, and goes on behind it; "" where it is none of these."""
-        found = self.tokens[self.at]
-        found = found if not choices or found in choices else ""
+        found = self.tokens[self.at] if not choices or self.tokens[self.at] in choices else ""
         self.at += bool(found)
         return found
 
@@ -378,7 +353,8 @@ class Reader:
         token = self.take()
         name, _, index = token.removeprefix("\\").partition("_")
         if NUMBER.fullmatch(token):
-            return Fraction(token)
+            known = Fraction(token.rstrip("…"))  # of 0.1666… the first digits
+            return known.limit_denominator(10**9) if "…" in token else known
         if token in ("(", "[", "{", "⦃", "⟦"):
             return self.bracket(token)
         if token in OF_TWO:
@@ -422,8 +398,6 @@ def relate(sides: list, names: list, signs: list) -> tuple:
     if signs == ["="]:
         return ("=", sides[0] - sides[1])
     kind, low, high = "()", -math.inf, math.inf
-    if signs == ["!="] and names[0]:
-        return gather([(kind, low, digits(sides[1])), (kind, digits(sides[1]), high)])
     for i, sign in enumerate(signs):
         small, large = (i, i + 1) if sign[0] == "<" else (i + 1, i)
         if names[large]:
@@ -476,8 +450,6 @@ def equal(prediction: str, gold: str, computed: bool = False) -> bool:
 
 
 # ---------------------------------------------------------------- scores
-
-
 def score(completion: str, gold: str) -> Score:
     """The score of one completion."""
     return score_batch([completion], [gold])[0]
@@ -508,11 +480,9 @@ def score_batch(completions: list[str], golds: list[str],
 
 
 # ---------------------------------------------------------------- pass@k, maj@k and their table
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) /
-    C(n, k), the unbiased estimator of arXiv 2107.03374, equation 1.
+    """1 - C(n-c, k) / C(n, k): the chance that k of n samples, c of them correct, hold a correct one
+    (arXiv 2107.03374, equation 1).
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
@@ -547,34 +517,31 @@ def summarize(rows: list[dict], n: int | None = None) -> dict:
     pass@1 of greedy rows; pass@k and maj@k of the others, k of them a question. Questions without
     rows count as wrong where n counts them.
     """
-    greedy = [row for row in rows if row["greedy"]]
-    sampled = [row for row in rows if not row["greedy"]]
+    greedy, sampled = ([row for row in rows if bool(row["greedy"]) is kind] for kind in (True, False))
     groups = {row["id"]: [] for row in sampled}
     for row in sampled:
         groups[row["id"]].append(row)
     n, k = n or len({row["id"] for row in rows}), min(map(len, groups.values()), default=0)
     pass_at_1 = sum(row["reward"] for row in greedy) / max(n, len(greedy)) if greedy else None
-    summary = {"n": n, "pass@1": pass_at_1, "k": k}
-    names = ("sampled_pass@1", "maj@k", "pass@k")
-    summary |= dict.fromkeys(names if k else (), 0.0)
+    sums = dict.fromkeys(("sampled_pass@1", "maj@k", "pass@k") if k else (), 0.0)
     for group in groups.values():
         right, winner = sum(row["reward"] for row in group), vote([r["answer"] for r in group[:k]])
-        won = 0.0 if winner is None else group[winner]["reward"]
-        for name, value in zip(names, (right / len(group), won, pass_at_k(len(group), int(right), k))):
-            summary[name] += value / n
-    failures = collections.Counter(row["failure"] for row in rows if row["failure"])
-    return {**summary, "formats": shares(greedy), "sampled_formats": shares(sampled),
-            "failures": dict(failures)}
+        sums["sampled_pass@1"] += right / len(group) / n
+        sums["maj@k"] += 0.0 if winner is None else group[winner]["reward"] / n
+        sums["pass@k"] += pass_at_k(len(group), int(right), k) / n
+    return {"n": n, "pass@1": pass_at_1, "k": k, **sums,
+            "formats": shares(greedy), "sampled_formats": shares(sampled),
+            "failures": dict(collections.Counter(r["failure"] for r in rows if r["failure"]))}
 
 
 def percent(share: float | None, n: int = 0) -> str:
     """A share; of n independent trials with its 95% confidence interval (Wilson 1927)."""
     if share is None or not n:
         return "-" if share is None else f"{share:6.1%}"
-    z, scale = 1.96, 1 + 1.96**2 / n
-    center = (share + z * z / (2 * n)) / scale
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    return f"{share:6.1%} [{100 * max(0, center - half):.1f}, {100 * min(1, center + half):.1f}]"
+    z2 = 1.96**2 / n
+    center, half = share + z2 / 2, math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4)
+    low, high = ((center + sign * half) / (1 + z2) for sign in (-1, 1))
+    return f"{share:6.1%} [{100 * max(0, low):.1f}, {100 * min(1, high):.1f}]"
 
 
 def table(columns: dict[str, dict]) -> str:
@@ -598,16 +565,13 @@ def table(columns: dict[str, dict]) -> str:
 # ---------------------------------------------------------------- files and command line
 
 
-codecs.register_error("else latin-1", lambda e: (e.object[e.start : e.end].decode("latin-1"), e.end))
-
-
 def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
     """The objects of a .jsonl file, one a line, or of a .json array, also .gz, each with its number
     from 1; in place of what is no object, a sentence. Raises ValueError if nothing can be read.
     """
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
-            text = stream.read().decode("utf-8-sig", "else latin-1").strip()
+            text = stream.read().decode("utf-8-sig", errors="replace").strip()
         if not text:
             raise ValueError("it is empty")
         array = text[0] == "[" and ".jsonl" not in str(file)
@@ -630,30 +594,21 @@ def gold_answer(value) -> str:
     """
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         _, hashes, behind = str(value).rpartition("####")
-        answer = behind if hashes else (boxes(str(value)) or [str(value)])[-1]
+        answer = behind if hashes else [str(value), *boxes(str(value))][-1]
         if answer.strip():
             return answer.strip()
     raise ValueError(f"no answer in {json.dumps(value)[:60]}: it must be a number or a text")
 
 
-def read_samples(file: str) -> tuple[list[dict], list[str]]:
-    """The rows of a file that can be scored, with their question's place as id; what others lack."""
-    rows, bad, places = [], [], {}
-    for number, row in read_rows(file):
-        try:
-            if isinstance(row, str):
-                raise ValueError(row)
-            if not isinstance(row.get("completion"), str) or "gold" not in row:
-                raise ValueError(f"needs completion (a text) and gold, and has {', '.join(row)}")
-            if row.setdefault("greedy", False) not in (True, False):
-                raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
-            asked = [row.get("id"), row.get("question"), gold_answer(row["gold"])]
-            asked = json.dumps(number if asked[:2] == [None, None] else asked)
-            place = places.setdefault(asked, len(places))
-            rows.append(row | {"gold": gold_answer(row["gold"]), "id": place})
-        except ValueError as error:
-            bad.append(f"line {number}: {error}")
-    return rows, bad
+def to_sample(row: dict | str) -> dict:
+    """A row with the fields that are needed. Raises ValueError with what it lacks."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    if not isinstance(row.get("completion"), str) or "gold" not in row:
+        raise ValueError(f"needs completion (a text) and gold, and has {', '.join(row)}")
+    if row.get("greedy", False) not in (True, False):
+        raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
+    return {"greedy": False, **row, "gold": gold_answer(row["gold"])}
 
 
 def main(argv: list[str]) -> None:
@@ -664,14 +619,22 @@ def main(argv: list[str]) -> None:
 FILE is .jsonl or a .json array, also .gz, of objects with completion and gold (the answer, or a
 worked solution that ends in it). Samples of one question have the same id, question and gold;
 "greedy": true marks those that count for pass@1.""")
-    rows, bad = read_samples(argv[0])
+    rows, bad, places = [], [], {}
+    for number, row in read_rows(argv[0]):
+        try:
+            row = to_sample(row)
+            asked = [row.get("id"), row.get("question"), row["gold"]]  # an id alone may be shared
+            asked = json.dumps(asked if asked[:2] != [None, None] else number)
+            rows.append({**row, "id": places.setdefault(asked, len(places))})
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
     if not rows:
         raise ValueError(f"{argv[0]} holds nothing that can be scored: {bad[0]}")
     scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
     summary = summarize([row | result._asdict() for row, result in zip(rows, scores)])
     print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
-    print(table({"": summary}))
-    print("failures:", summary["failures"] or "none")
+    failures = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
+    print(table({"": summary}), f"failures: {failures or 'none'}", sep="\n")
     if bad:
         print(f"{len(bad)} lines passed over:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ")
 
