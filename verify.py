@@ -63,7 +63,7 @@ def split_format(completion: str) -> tuple[str, str | None]:
         whole = all(closing for _, closing in blocks)
         return "omi1", "\n".join(code.strip("\n") for code, _ in blocks) if whole else ""
     # docstrings are left out: their lines may look like prose, and need not be indented
-    code = textwrap.dedent(DOCSTRING.sub('""', completion.replace("\r\n", "\n"))).lstrip()
+    code = textwrap.dedent(DOCSTRING.sub('""', completion.lstrip("\ufeff").replace("\r\n", "\n"))).lstrip()
     if definition := DEFINITION.search(code):
         above = filter(CODE_LINE.match, code[: definition.start()].split("\n"))
         below = itertools.takewhile(CODE_LINE.match, code[definition.start() :].split("\n"))
@@ -130,10 +130,8 @@ def interpreters(pid: int):
     return pool
 
 
-def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, str, bool]:
-    """What a function returns, or a block's last expression or print; the failure, or ""; whether a
-    float computed it. From any thread.
-    """
+def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, str]:
+    """What a function returns, or a block's last expression or print; the failure, or ""."""
     with STARTING:
         pool = interpreters(os.getpid())
     from pydantic_monty import CollectString, MontyError
@@ -148,21 +146,22 @@ def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, 
             value = session.feed_run(source, print_callback=printed)
         if is_block and value is None:
             value = printed.output.strip().rpartition("\n")[2] or None
-            value = float(value) if value and re.fullmatch(r"-?\d+\.\d+", value) else value
-        return value if value is None else plain(value), "", isinstance(value, float)
+            value = float(value) if value and re.fullmatch(r"-?\d+\.\d{9,}", value) else value
+        return value if value is None else plain(value), ""
     except MontyError as error:
         reason = error.exception()
         late = isinstance(reason, TimeoutError) or getattr(error, "timed_out", False)
         missing = isinstance(reason, (ImportError, PermissionError, NotImplementedError))
-        return None, "timeout" if late else "blocked" if missing else "error", False
+        return None, "timeout" if late else "blocked" if missing else "error"
     except (TypeError, ValueError):  # of plain; a block may end on what is no answer
-        return None, "" if is_block else "error", False
+        return None, "" if is_block else "error"
 
 
 def plain(value, depth: int = 0) -> str:
     """A number, a text or a list of them as a text. Raises TypeError for any other value."""
-    if isinstance(value, float):
-        return f"{value:.12g}"  # 0.1 + 0.2 is 0.3
+    if isinstance(value, float):  # 0.1 + 0.2 is 0.3, and 1 / 3 is all the digits that are known...
+        text = str(int(value)) if value.is_integer() else f"{value:.12g}"
+        return text if len(text) < 13 or value.is_integer() else f"{value!r}..."
     if isinstance(value, (list, tuple, set)) and depth < 3 and 0 < len(value) <= 20:
         inside = ", ".join(plain(item, depth + 1) for item in value)
         return f"({inside})" if isinstance(value, tuple) else f"\\{{{inside}\\}}"
@@ -180,7 +179,7 @@ CHARACTERS = str.maketrans("−‐‑‒–—×·⋅•∙∗÷⁄∕$€£¥~�
 MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >= \geqslant >= ≥ >=
     \ne != \neq != ≠ != \lt < \gt > \in = ∈ = \cdot * \times * \ast * \div / \cup , ∪ , \circ °
     \degree ° \{ ⦃ \} ⦄ \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \dfrac \frac \tfrac \frac \cfrac \frac
-    \bar \overline \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan
+    \bar \overline \lg \log \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan
     cot \frac1\tan \sec \frac1\cos \csc \frac1\sin ∞ \infty π \pi ± \pm \emptyset ⦃⦄ \varnothing ⦃⦄ ∅ ⦃⦄
     zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 dozen *12
     hundred *10^2 thousand *10^3 million *10^6 billion *10^9 trillion *10^12 half /2 halve /2
@@ -194,22 +193,25 @@ FUNCTION = "asin|acos|atan|sin|cos|tan|ln|log|exp|abs"
 # pattern -> what is written in its place, in this order; ␣ is a space, "..." a text in LaTeX
 SPELLINGS = r"""
 \\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}
-\\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\}|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
+(?<=[\d}]) *(?:\\approx|≈).*|\\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\}|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
+(?<![/~ ,;:])\\math[a-z]+ *\{ *([A-Za-z]|\\[a-z]+) *\} -> {\1}
 (?:\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{|\{ *\\(?:rm|bf|it)\b)([^{}]*)\} -> "\1"
-\\begin *\{(?:[pb]?matrix|array)\} *(?:\{[lcr|]*\})? -> ⟦⟦
-(?:\\\\)?\s*\\end *\{\w+\} -> ⟧⟧
-\\\\(?: *\[[^]]*\])? -> ⟧,⟦
+\\begin *\{(?:[pb]?matrix|array)\} *(?:\{[lcr|]*\})? -> [[
+(?:\\\\)?\s*\\end *\{\w+\} -> ]]
+\\\\(?: *\[[^]]*\])? -> ],[
 \\(?:left|right|[bB]igg?[lr]?|q?quad|\w+style|limits|rm|bf|it|[lL]arge|huge|text|math)(?!\w) -> ␣
 \\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣
+^(?:Matrix|array) *\((.*)\)$ -> \1
 \\?arc(?=sin|cos|tan) -> a
 \\?(sin|cos|tan) *\^ *\{? *- *1 *\}? -> a\1␣
 \\(?!(?:FUNCTION|frac|root|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|" *" ->
 "([^"]*\d[^"]*)"|" *(and|or) *" -> ␣\1\2␣
 &|,? *\b(?:and|or)\b|; -> ,␣
-(?:\^ *\{? *)?° *\}?(?: *"? *[CF]\b *"?)? -> °
+(?:\^ *\{? *)?° *\}?(?: *["{]? *[CF]\b *["}]?)? -> °
 ^( *-?) *"? *(?:US|USD|EUR|GBP|INR|Rs\.?) *"? *(?=-?\d) -> \1
-(?<=[\w)}\]⟧⦄°!.])(?:[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[-+,;)\]}⦄=<>])) -> ␣
+(?<=[\w)}\]⦄°!.])(?:[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[,;)\]}⦄=<>])) -> ␣
+(?i:^[ "]*(?:the )?(?:final )?answer(?: is)?:?[ "]*) ->
 ^ *("[^"]*"|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=
 " -> ␣
 \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}
@@ -220,7 +222,7 @@ SPELLINGS = r"""
 \|([^|]+)\| -> abs(\1)
 _ *\{ *(\w+) *\} -> _\1
 (?<=\*)I\b|\bI(?=\*)|(?<=\d)j\b -> i
-^[\s=]+|[\s.,:]+$ ->
+^[\s=]+|[\s.,:\\]+$ ->
 """.replace("UNIT", UNIT).replace("FUNCTION", FUNCTION).strip().split("\n")
 SPELLINGS = [(re.compile(found), new.strip().replace("␣", " "))
              for found, _, new in (line.partition(" ->") for line in SPELLINGS)]
@@ -232,7 +234,7 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
         text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-    text = text.translate(CHARACTERS)
+    text = text.translate(CHARACTERS).replace("...", "…")  # behind the digits of a float
     text = re.sub(r"\\(?:[A-Za-z]+|[{}])|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
     for found, new in SPELLINGS:
@@ -280,7 +282,7 @@ def digits(x):
 
 # ---------------------------------------------------------------- equality: the grammar
 LETTER = r"[^\W\d_]"
-NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d)|…)?|\.\d+")
+NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d))?…?|\.\d+")
 TOKEN = re.compile(
     rf"{NUMBER.pattern}|(?:\\[A-Za-z]+|(?:{FUNCTION}|pi|inf)(?!{LETTER}{{2}})"
     rf"|{LETTER}{{3,}}(?: +{LETTER}+)*|{LETTER})(?:_\w+)?'*|\*\*|[<>!]=|\S")
@@ -307,14 +309,14 @@ class Reader:
     def bracket(self, opening: str = ""):
         """What a bracket holds, or the whole text: there, a list without brackets is a set."""
         parts = []
-        while self.tokens[self.at] not in (")", "]", "}", "⦄", "⟧", ""):
+        while self.tokens[self.at] not in (")", "]", "}", "⦄", ""):
             parts.append(self.relation())
             if not self.take(","):
                 break
         kind = opening + self.take()
-        if kind in ("", "()", "[]", "{}", "⦃⦄") and len(parts) == 1:
+        if kind in ("", "()", "{}", "⦃⦄") and len(parts) == 1:
             return parts[0]
-        if kind in ("()", "[]", "(]", "[)", "⟦⟧"):
+        if kind in ("()", "[]", "(]", "[)", ):
             return (kind, *map(digits, parts))
         if kind == "⦃⦄" or kind in ("", "{}") and parts:
             return gather(parts)
@@ -353,9 +355,8 @@ class Reader:
         token = self.take()
         name, _, index = token.removeprefix("\\").partition("_")
         if NUMBER.fullmatch(token):
-            known = Fraction(token.rstrip("…"))  # of 0.1666… the first digits
-            return known.limit_denominator(10**9) if "…" in token else known
-        if token in ("(", "[", "{", "⦃", "⟦"):
+            return float(token[:-1]) if token[-1] == "…" else Fraction(token)
+        if token in ("(", "[", "{", "⦃", ):
             return self.bracket(token)
         if token in OF_TWO:
             return OF_TWO[token](self.atom(), self.atom())
@@ -431,9 +432,9 @@ def canonical(answer: str) -> tuple:
         return ("words", re.sub(r"[\s{}]|\.(?!\d)", "", text).lower() or text)
 
 
-def equal(prediction: str, gold: str, computed: bool = False) -> bool:
-    """Whether a predicted answer is the gold one; but for rounding where floats computed it. It may
-    also be an equation that ends in the gold number, or that says the same as the gold equation.
+def equal(prediction: str, gold: str) -> bool:
+    """Whether a predicted answer is the gold one, or an equation that ends in the gold number or
+    that says the same as the gold equation.
     """
     ours, theirs = canonical(prediction), canonical(gold)
     if ours == theirs:
@@ -443,9 +444,6 @@ def equal(prediction: str, gold: str, computed: bool = False) -> bool:
     if "=" in prediction and "=" in gold:  # one may be solved for a variable
         both = (re.sub("^([^=]+)=([^=]+)$", r"\1-(\2)=0", text) for text in (prediction, gold))
         return operator.eq(*map(canonical, both))
-    if computed and ours[0] == theirs[0] == "number":  # ten digits are known of what is irrational
-        rounding = 1e-11 if isinstance(theirs[1], Fraction) else 1e-9
-        return cmath.isclose(complex(ours[1]), complex(theirs[1]), rel_tol=rounding)
     return theirs[0] == "number" and canonical(prediction.rpartition("=")[2]) == theirs
 
 
@@ -467,13 +465,13 @@ def score_batch(completions: list[str], golds: list[str],
         ran = iter(list(threads.map(run_program, *zip(*programs))))
     scores = []
     for text, gold, (name, code) in zip(texts, golds, split, strict=True):
-        answer, failure, computed = next(ran) if code else (None, "error" * (code == ""), False)
+        answer, failure = next(ran) if code else (None, "error" if code == "" else "")
         shows = answer is not None and canonical(answer)[0] != "words"
         if name == "omi1" and failure == "blocked" or name != "tinygsm" and not (failure or shows):
             # prose, or a block that shows no value or needs a module: the box is the answer
             stated, failure = prose_answer(text)
             answer = answer if stated is None else stated
-        right = answer is not None and equal(answer, str(gold), computed)
+        right = answer is not None and equal(answer, str(gold))
         failure = failure or (None if right else "no answer" if answer is None else "wrong")
         scores.append(Score(float(failure is None), name, answer, failure))
     return scores
