@@ -117,8 +117,8 @@ STARTING = threading.Lock()
 
 
 @lru_cache
-def interpreters(pid: int):
-    """The workers of process `pid`, started when they are first needed."""
+def interpreters(pid: int) -> tuple:
+    """The package, and the workers of process `pid`, which start when they are first needed."""
     try:
         import pydantic_monty
     except ImportError:
@@ -127,20 +127,19 @@ def interpreters(pid: int):
         raise RuntimeError("a forked process cannot run programs if its parent has: use spawn")
     pool = pydantic_monty.Monty(max_processes=WORKERS).__enter__()
     atexit.register(lambda: os.getpid() == pid and pool.__exit__(None, None, None))
-    return pool
+    return pydantic_monty, pool
 
 
 def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, str]:
     """What a function returns, or a block's last expression or print; the failure, or ""."""
-    with STARTING:
-        pool = interpreters(os.getpid())
-    from pydantic_monty import CollectString, MontyError
-
+    with STARTING:  # from any thread
+        monty, pool = interpreters(os.getpid())
     if not is_block:
         names = re.findall(r"^def (\w+)", source, re.M) or ["nothing"]
         source += f"\n{'simple_math_problem' if 'simple_math_problem' in names else names[-1]}()"
     source = "eval = exec = None\n" + source  # what computes an answer is there to be read
-    printed, limits = CollectString(100_000), dict(max_feed_duration_secs=limit, max_memory=MEMORY)
+    limits = {"max_feed_duration_secs": limit, "max_memory": MEMORY}
+    printed = monty.CollectString(100_000)
     try:  # a session of its own: nothing is left behind for the next program
         with pool.checkout(limits=limits, os_policy={"sleep": "call_host"}) as session:
             value = session.feed_run(source, print_callback=printed)
@@ -148,7 +147,7 @@ def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, 
             value = printed.output.strip().rpartition("\n")[2] or None
             value = float(value) if value and re.fullmatch(r"-?\d+\.\d{9,}", value) else value
         return value if value is None else plain(value), ""
-    except MontyError as error:
+    except monty.MontyError as error:
         reason = error.exception()
         late = isinstance(reason, TimeoutError) or getattr(error, "timed_out", False)
         missing = isinstance(reason, (ImportError, PermissionError, NotImplementedError))
@@ -316,13 +315,14 @@ class Reader:
         kind = opening + self.take()
         if kind in ("", "()", "{}", "⦃⦄") and len(parts) == 1:
             return parts[0]
-        if kind in ("()", "[]", "(]", "[)", ):
+        if kind in ("()", "[]", "(]", "[)"):
             return (kind, *map(digits, parts))
         if kind == "⦃⦄" or kind in ("", "{}") and parts:
             return gather(parts)
         raise ValueError(kind)
 
     def relation(self):
+        """What stands between commas: "x = 5" is a named 5, "x < 5" an interval."""
         sides, names, signs = [], [], []
         while len(sides) == len(signs):
             start = self.at
@@ -331,7 +331,21 @@ class Reader:
             names.append(side if NAME.fullmatch(side) and side not in CONSTANTS else "")
             if sign := self.take("=", "<", ">", "<=", ">=", "!="):
                 signs.append(sign)
-        return relate(sides, names, signs) if signs else sides[0]
+        if signs[:1] == ["="]:
+            if not any(names):  # counts up to a factor
+                return ("=", sides[0] - sides[1])
+            name, value = (names[0], sides[-1]) if names[0] else (names[-1], sides[0])
+            return ("named", name.partition("_")[0], gather([value]))
+        kind, low, high = "()", -math.inf, math.inf
+        for i, sign in enumerate(signs):
+            small, large = (i, i + 1) if sign[0] == "<" else (i + 1, i)
+            if names[large]:
+                low, kind = digits(sides[small]), "(["["=" in sign] + kind[1]
+            elif names[small]:
+                high, kind = digits(sides[large]), kind[0] + ")]"["=" in sign]
+            else:
+                raise ValueError("a relation of no name")
+        return (kind, low, high) if signs else sides[0]
 
     def expression(self, level: int = 1):
         """What binds at least as tightly as `level`: 1 is a sum, 2 a product, 3 a power."""
@@ -356,7 +370,7 @@ class Reader:
         name, _, index = token.removeprefix("\\").partition("_")
         if NUMBER.fullmatch(token):
             return float(token[:-1]) if token[-1] == "…" else Fraction(token)
-        if token in ("(", "[", "{", "⦃", ):
+        if token in ("(", "[", "{", "⦃"):
             return self.bracket(token)
         if token in OF_TWO:
             return OF_TWO[token](self.atom(), self.atom())
@@ -387,27 +401,6 @@ def gather(parts: list):
         parts = [part[2] if part[0] == "named" else part for part in parts]
     flat = {one for part in parts for one in (part[1] if part[0] == "set" else [part])}
     return flat.pop() if len(flat) == 1 else ("set", frozenset(flat))
-
-
-def relate(sides: list, names: list, signs: list) -> tuple:
-    """What a relation says of a name: "x = 5" is 5, "x < 5" an interval; an equation of no name
-    counts up to a factor.
-    """
-    if signs[0] == "=" and any(names):
-        name, value = (names[0], sides[-1]) if names[0] else (names[-1], sides[0])
-        return ("named", name.partition("_")[0], gather([value]))
-    if signs == ["="]:
-        return ("=", sides[0] - sides[1])
-    kind, low, high = "()", -math.inf, math.inf
-    for i, sign in enumerate(signs):
-        small, large = (i, i + 1) if sign[0] == "<" else (i + 1, i)
-        if names[large]:
-            low, kind = digits(sides[small]), "(["["=" in sign] + kind[1]
-        elif names[small]:
-            high, kind = digits(sides[large]), kind[0] + ")]"["=" in sign]
-        else:
-            raise ValueError("a relation of no name")
-    return (kind, low, high)
 
 
 @lru_cache(maxsize=4096)
@@ -444,7 +437,8 @@ def equal(prediction: str, gold: str) -> bool:
     if "=" in prediction and "=" in gold:  # one may be solved for a variable
         both = (re.sub("^([^=]+)=([^=]+)$", r"\1-(\2)=0", text) for text in (prediction, gold))
         return operator.eq(*map(canonical, both))
-    return theirs[0] == "number" and canonical(prediction.rpartition("=")[2]) == theirs
+    last = re.split(r"(?<![<>!])=", prediction)[-1]
+    return theirs[0] == "number" and canonical(last) == theirs
 
 
 # ---------------------------------------------------------------- scores
@@ -561,26 +555,24 @@ def table(columns: dict[str, dict]) -> str:
 
 
 # ---------------------------------------------------------------- files and command line
-
-
 def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
     """The objects of a .jsonl file, one a line, or of a .json array, also .gz, each with its number
     from 1; in place of what is no object, a sentence. Raises ValueError if nothing can be read.
     """
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
-            text = stream.read().decode("utf-8-sig", errors="replace").strip()
+            text = stream.read().decode("utf-8-sig", errors="replace").rstrip()
+        array = text.lstrip()[:1] == "[" and ".jsonl" not in str(file)
+        lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
         if not text:
             raise ValueError("it is empty")
-        array = text[0] == "[" and ".jsonl" not in str(file)
-        lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{file} cannot be read: {reason}") from None
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
-            if row is not None:
+            if line.strip():
+                row = json.loads(line)
                 yield number, row if isinstance(row, dict) else "is not a JSON object"
         except (ValueError, RecursionError) as error:
             yield number, f"is not JSON ({error})"
@@ -598,15 +590,24 @@ def gold_answer(value) -> str:
     raise ValueError(f"no answer in {json.dumps(value)[:60]}: it must be a number or a text")
 
 
-def to_sample(row: dict | str) -> dict:
-    """A row with the fields that are needed. Raises ValueError with what it lacks."""
-    if isinstance(row, str):
-        raise ValueError(row)
-    if not isinstance(row.get("completion"), str) or "gold" not in row:
-        raise ValueError(f"needs completion (a text) and gold, and has {', '.join(row)}")
-    if row.get("greedy", False) not in (True, False):
-        raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
-    return {"greedy": False, **row, "gold": gold_answer(row["gold"])}
+def read_samples(file: str) -> tuple[list[dict], list[str]]:
+    """The rows that can be scored, each with its question's place as id; what the others lack."""
+    rows, bad, places = [], [], {}
+    for number, row in read_rows(file):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            if not isinstance(row.get("completion"), str) or "gold" not in row:
+                raise ValueError(f"needs completion (a text) and gold, and has {', '.join(row)}")
+            if row.setdefault("greedy", False) not in (True, False):
+                raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
+            row["gold"] = gold_answer(row["gold"])
+            asked = [row.get("id"), row.get("question"), row["gold"]]  # an id alone may be shared
+            row["id"] = json.dumps(asked if asked[:2] != [None, None] else number)
+            rows.append(row | {"id": places.setdefault(row["id"], len(places))})
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+    return rows, bad
 
 
 def main(argv: list[str]) -> None:
@@ -617,15 +618,7 @@ def main(argv: list[str]) -> None:
 FILE is .jsonl or a .json array, also .gz, of objects with completion and gold (the answer, or a
 worked solution that ends in it). Samples of one question have the same id, question and gold;
 "greedy": true marks those that count for pass@1.""")
-    rows, bad, places = [], [], {}
-    for number, row in read_rows(argv[0]):
-        try:
-            row = to_sample(row)
-            asked = [row.get("id"), row.get("question"), row["gold"]]  # an id alone may be shared
-            asked = json.dumps(asked if asked[:2] != [None, None] else number)
-            rows.append({**row, "id": places.setdefault(asked, len(places))})
-        except ValueError as error:
-            bad.append(f"line {number}: {error}")
+    rows, bad = read_samples(argv[0])
     if not rows:
         raise ValueError(f"{argv[0]} holds nothing that can be scored: {bad[0]}")
     scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
