@@ -145,7 +145,6 @@ def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, 
             value = session.feed_run(source, print_callback=printed)
         if is_block and value is None:
             value = printed.output.strip().rpartition("\n")[2] or None
-            value = float(value) if value and re.fullmatch(r"-?\d+\.\d{9,}", value) else value
         return value if value is None else plain(value), ""
     except monty.MontyError as error:
         reason = error.exception()
@@ -158,9 +157,9 @@ def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, 
 
 def plain(value, depth: int = 0) -> str:
     """A number, a text or a list of them as a text. Raises TypeError for any other value."""
-    if isinstance(value, float):  # 0.1 + 0.2 is 0.3, and 1 / 3 is all the digits that are known...
-        text = str(int(value)) if value.is_integer() else f"{value:.12g}"
-        return text if len(text) < 13 or value.is_integer() else f"{value!r}..."
+    if isinstance(value, float):
+        text = f"{value:.12g}"  # 0.1 + 0.2 is 0.3
+        return text if len(text) < 13 else repr(value)
     if isinstance(value, (list, tuple, set)) and depth < 3 and 0 < len(value) <= 20:
         inside = ", ".join(plain(item, depth + 1) for item in value)
         return f"({inside})" if isinstance(value, tuple) else f"\\{{{inside}\\}}"
@@ -233,12 +232,12 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
         text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-    text = text.translate(CHARACTERS).replace("...", "…")  # behind the digits of a float
+    text = text.translate(CHARACTERS)
     text = re.sub(r"\\(?:[A-Za-z]+|[{}])|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
     for found, new in SPELLINGS:
         text = found.sub(new, text)
-    text = re.sub(r"(\d*\.\d*)\\overline *\{?(\d{1,9})\}?", r"0\1" + r"\2" * 30 + "…", text)
+    text = re.sub(r"(\d*\.\d*)\\overline *\{?(\d{1,9})\}?", r"0\1" + r"\2" * 30, text)
     if not re.search(r"[\[(⦃]", text):
         text = THOUSANDS.sub(lambda m: re.sub("[ ,]", "", m[0]), text)
     return text if re.search("sin|cos|tan", text) else text.replace("°", "")
@@ -275,13 +274,13 @@ def digits(x):
         return x
     x = complex(*(part if abs(part) > 1e-11 * abs(x) else 0.0 for part in (x.real, x.imag)))
     near = Fraction(x.real).limit_denominator(10_000)
-    exact = abs(near - x) < 1e-12 * min(max(1, abs(x)), 1e4) and abs(x) < 1e12 and near or not x
+    exact = abs(near - x) < 1e-12 * min(max(1, abs(x)), 1e4) and abs(x) < 1e15 and near or not x
     return near if exact else f"{x:.10g}"
 
 
 # ---------------------------------------------------------------- equality: the grammar
 LETTER = r"[^\W\d_]"
-NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d))?…?|\.\d+")
+NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+")
 TOKEN = re.compile(
     rf"{NUMBER.pattern}|(?:\\[A-Za-z]+|(?:{FUNCTION}|pi|inf)(?!{LETTER}{{2}})"
     rf"|{LETTER}{{3,}}(?: +{LETTER}+)*|{LETTER})(?:_\w+)?'*|\*\*|[<>!]=|\S")
@@ -369,7 +368,8 @@ class Reader:
         token = self.take()
         name, _, index = token.removeprefix("\\").partition("_")
         if NUMBER.fullmatch(token):
-            return float(token[:-1]) if token[-1] == "…" else Fraction(token)
+            # a decimal of so many digits is what a float printed, and no more exact
+            return float(token) if "." in token and len(token) > 16 else Fraction(token)
         if token in ("(", "[", "{", "⦃"):
             return self.bracket(token)
         if token in OF_TWO:
@@ -426,9 +426,7 @@ def canonical(answer: str) -> tuple:
 
 
 def equal(prediction: str, gold: str) -> bool:
-    """Whether a predicted answer is the gold one, or an equation that ends in the gold number or
-    that says the same as the gold equation.
-    """
+    """Whether a prediction is the gold answer, or an equation that ends in it or says the same."""
     ours, theirs = canonical(prediction), canonical(gold)
     if ours == theirs:
         return prediction.strip() != ""
@@ -449,9 +447,7 @@ def score(completion: str, gold: str) -> Score:
 
 def score_batch(completions: list[str], golds: list[str],
                 time_limit: float = TIME_LIMIT) -> list[Score]:
-    """The score of each completion against its gold; programs run side by side, each for
-    `time_limit` seconds at most.
-    """
+    """The score of each completion; programs run side by side, each for `time_limit` seconds."""
     texts = [first_problem(text) for text in completions]
     split = [split_format(text) for text in texts]
     programs = [(code, name == "omi1", time_limit) for name, code in split if code]
@@ -473,9 +469,7 @@ def score_batch(completions: list[str], golds: list[str],
 
 # ---------------------------------------------------------------- pass@k, maj@k and their table
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that k of n samples, c of them correct, hold a correct one
-    (arXiv 2107.03374, equation 1).
-    """
+    """The chance that k of n samples hold a correct one, where c do (arXiv 2107.03374, eq. 1)."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
@@ -509,7 +503,7 @@ def summarize(rows: list[dict], n: int | None = None) -> dict:
     pass@1 of greedy rows; pass@k and maj@k of the others, k of them a question. Questions without
     rows count as wrong where n counts them.
     """
-    greedy, sampled = ([row for row in rows if bool(row["greedy"]) is kind] for kind in (True, False))
+    greedy, sampled = ([row for row in rows if row["greedy"] == kind] for kind in (True, False))
     groups = {row["id"]: [] for row in sampled}
     for row in sampled:
         groups[row["id"]].append(row)
@@ -579,9 +573,7 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
 
 
 def gold_answer(value) -> str:
-    """The answer of a gold field: what is behind "####", else a worked solution's last box, else
-    the text itself. Raises ValueError where there is none.
-    """
+    """What is behind "####", else a solution's last box, else the text. ValueError: no answer."""
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         _, hashes, behind = str(value).rpartition("####")
         answer = behind if hashes else [str(value), *boxes(str(value))][-1]
