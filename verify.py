@@ -63,7 +63,8 @@ def split_format(completion: str) -> tuple[str, str | None]:
         whole = all(closing for _, closing in blocks)
         return "omi1", "\n".join(code.strip("\n") for code, _ in blocks) if whole else ""
     # docstrings are left out: their lines may look like prose, and need not be indented
-    code = textwrap.dedent(DOCSTRING.sub('""', completion.lstrip("\ufeff").replace("\r\n", "\n"))).lstrip()
+    code = DOCSTRING.sub('""', completion.lstrip("\ufeff").replace("\r\n", "\n"))
+    code = textwrap.dedent(code).lstrip()
     if definition := DEFINITION.search(code):
         above = filter(CODE_LINE.match, code[: definition.start()].split("\n"))
         below = itertools.takewhile(CODE_LINE.match, code[definition.start() :].split("\n"))
@@ -76,6 +77,7 @@ INSIDE = "[^{}]*+"  # of braces, which may hold others, and these others
 for _ in range(6):
     INSIDE = rf"(?:[^{{}}]++|\{{{INSIDE}\}})*+"
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({INSIDE})\}}")
+boxes = BOX.findall  # boxes(text): what each \boxed{...} of a text holds
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]nswer(?: is)?:|\b[Aa]nswer is\b)[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?"
@@ -98,15 +100,10 @@ def first_problem(completion: str) -> str:
     return completion[: another.start()] if another else completion
 
 
-def boxes(text: str) -> list[str]:
-    """What each \\boxed{...} of a text holds; one that is not closed: nothing."""
-    return BOX.findall(text)
-
-
 def prose_answer(text: str) -> tuple[str | None, str]:
-    """The last box, else what is behind "####" or "answer is"; "blocked" where boxes are fishing."""
+    """The last box, else what is behind "####" or "answer is"; its failure, or ""."""
     boxed = boxes(re.sub(r"(\\boxed|\\fbox)\s+(\d+)", r"\1{\2}", text))
-    if len(set(map(canonical, boxed[:100]))) > 2:
+    if len(set(map(canonical, boxed[:100]))) > 2:  # which is fishing
         return None, "blocked"
     stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)]
     return (stated[-1] if stated else None), ""
@@ -159,7 +156,7 @@ def plain(value, depth: int = 0) -> str:
     """A number, a text or a list of them as a text. Raises TypeError for any other value."""
     if isinstance(value, float):
         text = f"{value:.12g}"  # 0.1 + 0.2 is 0.3
-        return text if len(text) < 13 else repr(value)
+        return text if len(text) < 13 else f"{value:.17g}"
     if isinstance(value, (list, tuple, set)) and depth < 3 and 0 < len(value) <= 20:
         inside = ", ".join(plain(item, depth + 1) for item in value)
         return f"({inside})" if isinstance(value, tuple) else f"\\{{{inside}\\}}"
@@ -176,13 +173,13 @@ def plain(value, depth: int = 0) -> str:
 CHARACTERS = str.maketrans("−‐‑‒–—×·⋅•∙∗÷⁄∕$€£¥~“”`\"", "------******///         ")
 MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >= \geqslant >= ≥ >=
     \ne != \neq != ≠ != \lt < \gt > \in = ∈ = \cdot * \times * \ast * \div / \cup , ∪ , \circ °
-    \degree ° \{ ⦃ \} ⦄ \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \dfrac \frac \tfrac \frac \cfrac \frac
-    \bar \overline \lg \log \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan
-    cot \frac1\tan \sec \frac1\cos \csc \frac1\sin ∞ \infty π \pi ± \pm \emptyset ⦃⦄ \varnothing ⦃⦄ ∅ ⦃⦄
-    zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 dozen *12
-    hundred *10^2 thousand *10^3 million *10^6 billion *10^9 trillion *10^12 half /2 halve /2
-    third /3 quarter /4 fourth /4 fifth /5 sixth /6 seventh /7 eighth /8 ninth /9 tenth /10
-    hundredth /100 thousandth /1000""".split())] * 2))
+    \degree ° \{ ⦃ \} ⦄ \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \emptyset ⦃⦄ \varnothing ⦃⦄
+    ∅ ⦃⦄ \dfrac \frac \tfrac \frac \cfrac \frac \bar \overline \lg \log ∞ \infty π \pi ± \pm
+    \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan cot \frac1\tan
+    \sec \frac1\cos \csc \frac1\sin zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8
+    nine 9 ten 10 dozen *12 hundred *10^2 thousand *10^3 million *10^6 billion *10^9 trillion *10^12
+    half /2 halve /2 third /3 quarter /4 fourth /4 fifth /5 sixth /6 seventh /7 eighth /8 ninth /9
+    tenth /10 hundredth /100 thousandth /1000""".split())] * 2))
 # a text in LaTeX, a word of four letters, or one that is known; a variable is none of these
 UNIT = (r"(?:\"(?! *(?:i|e|[apAP]\.?[mM]\b\.?) *\")[^\"]*\"|(?<=[ /\-])(?!squared|cubed|factorial)"
         r"[^\W\d_]{4,}\b|(?<= )(?:[b-df-hj-np-tv-z][aeiou][a-z]|USD|EUR)\b|[^\W\d_a-zA-Z]+"
@@ -191,7 +188,8 @@ FUNCTION = "asin|acos|atan|sin|cos|tan|ln|log|exp|abs"
 # pattern -> what is written in its place, in this order; ␣ is a space, "..." a text in LaTeX
 SPELLINGS = r"""
 \\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}
-(?<=[\d}]) *(?:\\approx|≈).*|\\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\}|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
+(?<=[\d}]) *(?:\\approx|≈).*|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
+\\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\} ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
 (?<![/~ ,;:])\\math[a-z]+ *\{ *([A-Za-z]|\\[a-z]+) *\} -> {\1}
 (?:\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{|\{ *\\(?:rm|bf|it)\b)([^{}]*)\} -> "\1"
@@ -352,9 +350,8 @@ class Reader:
         value = self.expression(3) if sign else self.atom()
         value = -value if sign == "-" else value
         while True:
-            if sign := self.take(*POSTFIX):
+            while sign := self.take(*POSTFIX):
                 value = POSTFIX[sign](value)
-                continue
             # a product needs no sign, but where a number stands behind a number
             number = NUMBER.match(self.tokens[self.at - 1])
             factor = re.match(r"[({\\]|[^\W\d_]" if number else r"[({\\\w]", self.tokens[self.at])
