@@ -1,11 +1,8 @@
 """Scores completions against gold answers: which format, which answer, right or wrong, and why not.
 
-    score("... \\boxed{18}", "18") -> Score(reward=1.0, format="text", answer="18", failure=None)
-    python verify.py FILE     prints a table of what any system wrote; FILE is described by main
-
-Code that a model wrote runs in pydantic-monty, a Python interpreter in Rust that knows no files,
-network or processes; the gold answer never enters it. NOT covered: a fault of that interpreter,
-whose workers have the rights of this process; and what a program learns from the clock.
+`python verify.py FILE` prints a table of what any system wrote. Programs run in pydantic-monty, a
+Python interpreter in Rust without files, network or processes; the gold answer never enters it. NOT
+covered: a fault of that interpreter, whose workers have the rights of this process; its clock.
 """
 
 import atexit
@@ -23,7 +20,6 @@ import sys
 import textwrap
 import threading
 import unicodedata
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -35,6 +31,7 @@ FORMATS = ("tinygsm", "omi1", "text")
 TIME_LIMIT = 1.0  # seconds for one program, by the clock
 MEMORY = 64 << 20  # bytes of a program's values
 WORKERS = 16  # programs side by side: those that loop for ever wait for their end together
+STARTING = threading.Lock()  # one thread at a time starts the workers
 LONGEST_ANSWER = 1000  # characters; a longer one is compared by spelling
 
 
@@ -53,7 +50,6 @@ CODE_LINE = re.compile(
     r"$|[\s@#)\]}]|(?:def|class|import|assert) \w|from [\w.]+ import|[\w.]+\("
     r"|\w[\w.\[\]', ]*(?:: *\w+ *)?[-+*/%]*=[^=]"
     r"|(?:if|elif|else|for|while|with|try|except|finally)\b.*:\s*(?:#.*)?$")
-DOCSTRING = re.compile(r"(\"\"\"|\'\'\').*?\1", re.DOTALL)
 
 
 def split_format(completion: str) -> tuple[str, str | None]:
@@ -63,8 +59,8 @@ def split_format(completion: str) -> tuple[str, str | None]:
         whole = all(closing for _, closing in blocks)
         return "omi1", "\n".join(code.strip("\n") for code, _ in blocks) if whole else ""
     # docstrings are left out: their lines may look like prose, and need not be indented
-    code = DOCSTRING.sub('""', completion.lstrip("\ufeff").replace("\r\n", "\n"))
-    code = textwrap.dedent(code).lstrip()
+    code = re.sub(r"(\"\"\"|\'\'\')(?s:.*?)\1", '""', completion.replace("\r\n", "\n"))
+    code = textwrap.dedent(code.lstrip("\ufeff")).lstrip()
     if definition := DEFINITION.search(code):
         above = filter(CODE_LINE.match, code[: definition.start()].split("\n"))
         below = itertools.takewhile(CODE_LINE.match, code[definition.start() :].split("\n"))
@@ -80,15 +76,13 @@ BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({INSIDE})\}}")
 boxes = BOX.findall  # boxes(text): what each \boxed{...} of a text holds
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
-    r"(?:####|\b[Aa]nswer(?: is)?:|\b[Aa]nswer is\b)[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?"
-    r"(?=([^\n]{1,300}))")
+    r"(?:####|\b[Aa]nswer(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
 BEHIND = re.compile(
     r"\s*(?:\.?\*\*|[.!]\s|[.!]?$|</|`|\\[\])]|\$+(?![^$]*\d)| \(|\s--|, [A-Za-z]{2}"
     r"|,? (?:and|so|or|which|because|since|as|for|that) [A-Za-z]).*")
 ANOTHER_PROBLEM = re.compile(
-    r"\n\s{0,9}(?:(?:[#*\[]{1,4} ?)?(?:(?:Next|New) )?"
-    r"(?:Question|Problem|Exercise|Example|Q|Human|User|Input|Instruction|Task)\b(?! is)"
-    r"|\n[^\n]{1,999}\?[ \t]{0,9}\n)")
+    r"\n\s{0,9}(?:[#*\[]{0,4} ?(?:(?:Next|New) )?(?:Question|Problem|Exercise|Example|Q|Human|User"
+    r"|Input|Instruction|Task)\b(?! is)|\n[^\n]{1,999}\?[ \t]{0,9}\n)")
 
 
 def first_problem(completion: str) -> str:
@@ -110,9 +104,6 @@ def prose_answer(text: str) -> tuple[str | None, str]:
 
 
 # ---------------------------------------------------------------- programs
-STARTING = threading.Lock()
-
-
 @lru_cache
 def interpreters(pid: int) -> tuple:
     """The package, and the workers of process `pid`, which start when they are first needed."""
@@ -188,8 +179,7 @@ FUNCTION = "asin|acos|atan|sin|cos|tan|ln|log|exp|abs"
 # pattern -> what is written in its place, in this order; ␣ is a space, "..." a text in LaTeX
 SPELLINGS = r"""
 \\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}
-(?<=[\d}]) *(?:\\approx|≈).*|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d)) ->
-\\(?:text)?color *\{\w+\}|\\hspace\*?\{[^{}]*\} ->
+(?<=[\d}]) *(?:\\approx|≈).*|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d))|\\\w*color\{\w+\} ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
 (?<![/~ ,;:])\\math[a-z]+ *\{ *([A-Za-z]|\\[a-z]+) *\} -> {\1}
 (?:\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{|\{ *\\(?:rm|bf|it)\b)([^{}]*)\} -> "\1"
@@ -199,8 +189,7 @@ SPELLINGS = r"""
 \\(?:left|right|[bB]igg?[lr]?|q?quad|\w+style|limits|rm|bf|it|[lL]arge|huge|text|math)(?!\w) -> ␣
 \\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣
 ^(?:Matrix|array) *\((.*)\)$ -> \1
-\\?arc(?=sin|cos|tan) -> a
-\\?(sin|cos|tan) *\^ *\{? *- *1 *\}? -> a\1␣
+\\?(?:arc(sin|cos|tan)|(sin|cos|tan) *\^ *\{? *- *1 *\}?) -> a\1\2␣
 \\(?!(?:FUNCTION|frac|root|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|" *" ->
 "([^"]*\d[^"]*)"|" *(and|or) *" -> ␣\1\2␣
 &|,? *\b(?:and|or)\b|; -> ,␣
@@ -227,9 +216,8 @@ THOUSANDS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}((?:,\d{3})+(?!,?\d)|(?: \d{3})+
 
 def clean(text: str) -> str:
     """A text without what changes no meaning: fonts, spacing, currency, units, spellings."""
-    if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
-        text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
+    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
     text = text.translate(CHARACTERS)
     text = re.sub(r"\\(?:[A-Za-z]+|[{}])|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
@@ -241,7 +229,7 @@ def clean(text: str) -> str:
     return text if re.search("sin|cos|tan", text) else text.replace("°", "")
 
 
-# ---------------------------------------------------------------- equality: numbers
+# ---------------------------------------------------------------- equality: numbers and the grammar
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "inf": math.inf}
 
 
@@ -276,7 +264,6 @@ def digits(x):
     return near if exact else f"{x:.10g}"
 
 
-# ---------------------------------------------------------------- equality: the grammar
 LETTER = r"[^\W\d_]"
 NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+")
 TOKEN = re.compile(
@@ -288,10 +275,8 @@ NAME = re.compile(rf"{SYMBOL}(?:\^\{{?-1\}}?)?(?:\([\w,]*\))?|\({SYMBOL}(?:,{SYM
 
 
 class Reader:
-    """Reads an answer in LaTeX or in plain notation, and computes it as it reads, at one of the
-    points for its variables. A number is a Fraction or a float, real or complex; all else a kind
-    and its parts, as in ("(]", 0, 5/2). Raises an exception where the text is no mathematics.
-    """
+    """Reads an answer and computes it: a Fraction, a float, also a complex one, or a kind with its
+    parts, as in ("(]", 0, 5/2). Raises any exception where it is no mathematics."""
 
     def __init__(self, text: str, point: int):
         self.tokens, self.at, self.point = [*TOKEN.findall(text), ""], 0, point
@@ -346,9 +331,8 @@ class Reader:
 
     def expression(self, level: int = 1):
         """What binds at least as tightly as `level`: 1 is a sum, 2 a product, 3 a power."""
-        sign = self.take("-", "+")
-        value = self.expression(3) if sign else self.atom()
-        value = -value if sign == "-" else value
+        self.take("+")
+        value = -self.expression(3) if self.take("-") else self.atom()
         while True:
             while sign := self.take(*POSTFIX):
                 value = POSTFIX[sign](value)
@@ -404,8 +388,6 @@ def gather(parts: list):
 def canonical(answer: str) -> tuple:
     """What equal answers have in common: ("number", 5), say. Raises nothing, whatever the text."""
     text = answer.strip()
-    if re.fullmatch(r"-?[0-9]{1,15}", text):
-        return ("number", Fraction(int(text)))
     if len(text) > LONGEST_ANSWER:
         return ("words", text)
     try:
@@ -501,19 +483,19 @@ def summarize(rows: list[dict], n: int | None = None) -> dict:
     rows count as wrong where n counts them.
     """
     greedy, sampled = ([row for row in rows if row["greedy"] == kind] for kind in (True, False))
-    groups = {row["id"]: [] for row in sampled}
+    groups = collections.defaultdict(list)
     for row in sampled:
         groups[row["id"]].append(row)
     n, k = n or len({row["id"] for row in rows}), min(map(len, groups.values()), default=0)
     pass_at_1 = sum(row["reward"] for row in greedy) / max(n, len(greedy)) if greedy else None
-    sums = dict.fromkeys(("sampled_pass@1", "maj@k", "pass@k") if k else (), 0.0)
+    summary = {"n": n, "pass@1": pass_at_1, "k": k}
     for group in groups.values():
         right, winner = sum(row["reward"] for row in group), vote([r["answer"] for r in group[:k]])
-        sums["sampled_pass@1"] += right / len(group) / n
-        sums["maj@k"] += 0.0 if winner is None else group[winner]["reward"] / n
-        sums["pass@k"] += pass_at_k(len(group), int(right), k) / n
-    return {"n": n, "pass@1": pass_at_1, "k": k, **sums,
-            "formats": shares(greedy), "sampled_formats": shares(sampled),
+        won = 0.0 if winner is None else group[winner]["reward"]
+        values = (right / len(group), won, pass_at_k(len(group), int(right), k))
+        for name, value in zip(("sampled_pass@1", "maj@k", "pass@k"), values):
+            summary[name] = summary.get(name, 0.0) + value / n
+    return {**summary, "formats": shares(greedy), "sampled_formats": shares(sampled),
             "failures": dict(collections.Counter(r["failure"] for r in rows if r["failure"]))}
 
 
@@ -523,8 +505,8 @@ def percent(share: float | None, n: int = 0) -> str:
         return "-" if share is None else f"{share:6.1%}"
     z2 = 1.96**2 / n
     center, half = share + z2 / 2, math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4)
-    low, high = ((center + sign * half) / (1 + z2) for sign in (-1, 1))
-    return f"{share:6.1%} [{100 * max(0, low):.1f}, {100 * min(1, high):.1f}]"
+    low, high = 100 * (center - half) / (1 + z2), 100 * (center + half) / (1 + z2)
+    return f"{share:6.1%} [{max(0, low):.1f}, {min(100, high):.1f}]"
 
 
 def table(columns: dict[str, dict]) -> str:
@@ -532,9 +514,8 @@ def table(columns: dict[str, dict]) -> str:
     lines, summaries = [["", *columns]], columns.values()
     k = max(summary["k"] for summary in summaries)
     for name in ("pass@1", "sampled_pass@1", "maj@k", "pass@k")[: 4 if k > 1 else 2]:
-        shown = [summary.get(name) for summary in summaries]
-        if shown != [None] * len(shown):
-            cells = [percent(share, summary["n"]) for share, summary in zip(shown, summaries)]
+        cells = [percent(summary.get(name), summary["n"]) for summary in summaries]
+        if set(cells) != {"-"}:
             lines.append([name.replace("@k", f"@{k}").replace("_", " "), *cells])
     for group, title in (("formats", "greedy"), ("sampled_formats", "sampled")):
         for name in dict.fromkeys(name for summary in summaries for name in summary[group]):
@@ -555,18 +536,18 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
             text = stream.read().decode("utf-8-sig", errors="replace").rstrip()
         array = text.lstrip()[:1] == "[" and ".jsonl" not in str(file)
         lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
-        if not text:
-            raise ValueError("it is empty")
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+    except Exception as error:  # of the file, its compression or its JSON
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{file} cannot be read: {reason}") from None
+    if not text:
+        raise ValueError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
         try:
-            if line.strip():
-                row = json.loads(line)
-                yield number, row if isinstance(row, dict) else "is not a JSON object"
+            row = json.loads(line or "null")
         except (ValueError, RecursionError) as error:
-            yield number, f"is not JSON ({error})"
+            row = error
+        if line.strip():
+            yield number, row if isinstance(row, dict) else f"is not a JSON object ({row})"[:200]
 
 
 def gold_answer(value) -> str:
@@ -579,10 +560,14 @@ def gold_answer(value) -> str:
     raise ValueError(f"no answer in {json.dumps(value)[:60]}: it must be a number or a text")
 
 
-def read_samples(file: str) -> tuple[list[dict], list[str]]:
-    """The rows that can be scored, each with its question's place as id; what the others lack."""
+def main(argv: list[str]) -> None:
+    """Prints pass@1, pass@k, maj@k, share and accuracy of each format, and failures by kind."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise ValueError("""usage: python verify.py FILE
+FILE: .jsonl or a .json array, also .gz, of objects with completion and gold (an answer or a worked
+solution); of one question's samples, the same id, question and gold; greedy: true for pass@1.""")
     rows, bad, places = [], [], {}
-    for number, row in read_rows(file):
+    for number, row in read_rows(argv[0]):
         try:
             if isinstance(row, str):
                 raise ValueError(row)
@@ -590,31 +575,18 @@ def read_samples(file: str) -> tuple[list[dict], list[str]]:
                 raise ValueError(f"needs completion (a text) and gold, and has {', '.join(row)}")
             if row.setdefault("greedy", False) not in (True, False):
                 raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
-            row["gold"] = gold_answer(row["gold"])
-            asked = [row.get("id"), row.get("question"), row["gold"]]  # an id alone may be shared
-            row["id"] = json.dumps(asked if asked[:2] != [None, None] else number)
-            rows.append(row | {"id": places.setdefault(row["id"], len(places))})
+            gold = gold_answer(row["gold"])
+            unnamed = {"id", "question"}.isdisjoint(row) and number  # and an id may be shared
+            asked = json.dumps([row.get("id"), row.get("question"), gold, unnamed])
+            rows.append(row | {"gold": gold, "id": places.setdefault(asked, len(places))})
         except ValueError as error:
             bad.append(f"line {number}: {error}")
-    return rows, bad
-
-
-def main(argv: list[str]) -> None:
-    """Prints pass@1, pass@k, maj@k, share and accuracy of each format, and failures by kind."""
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise ValueError("""usage: python verify.py FILE
-
-FILE is .jsonl or a .json array, also .gz, of objects with completion and gold (the answer, or a
-worked solution that ends in it). Samples of one question have the same id, question and gold;
-"greedy": true marks those that count for pass@1.""")
-    rows, bad = read_samples(argv[0])
     if not rows:
         raise ValueError(f"{argv[0]} holds nothing that can be scored: {bad[0]}")
     scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
     summary = summarize([row | result._asdict() for row, result in zip(rows, scores)])
     print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
-    failures = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
-    print(table({"": summary}), f"failures: {failures or 'none'}", sep="\n")
+    print(table({"": summary}), f"failures: {summary['failures'] or 'none'}", sep="\n")
     if bad:
         print(f"{len(bad)} lines passed over:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ")
 
