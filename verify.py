@@ -20,12 +20,11 @@ import sys
 import textwrap
 import threading
 import unicodedata
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 FORMATS = ("tinygsm", "omi1", "text")
 TIME_LIMIT = 1.0  # seconds for one program, by the clock
@@ -76,12 +75,12 @@ BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({INSIDE})\}}")
 boxes = BOX.findall  # boxes(text): what each \boxed{...} of a text holds
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
-    r"(?:####|\b[Aa]nswer(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
+    r"(?:####|\b[Aa]ns(?:wer)?(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
 BEHIND = re.compile(
     r"\s*(?:\.?\*\*|[.!]\s|[.!]?$|</|`|\\[\])]|\$+(?![^$]*\d)| \(|\s--|, [A-Za-z]{2}"
     r"|,? (?:and|so|or|which|because|since|as|for|that) [A-Za-z]).*")
 ANOTHER_PROBLEM = re.compile(
-    r"\n\s{0,9}(?:[#*\[]{0,4} ?(?:(?:Next|New) )?(?:Question|Problem|Exercise|Example|Q|Human|User"
+    r"\n\s{0,9}(?:[#*\[]{0,4} ?(?:(?:Next|New) \w+|Question|Problem|Exercise|Example|Q|Human|User"
     r"|Input|Instruction|Task)\b(?! is)|\n[^\n]{1,999}\?[ \t]{0,9}\n)")
 
 
@@ -162,27 +161,27 @@ def plain(value, depth: int = 0) -> str:
 # compared by its spelling. Nothing is ever evaluated as Python.
 
 CHARACTERS = str.maketrans("−‐‑‒–—×·⋅•∙∗÷⁄∕$€£¥~“”`\"", "------******///         ")
-MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >= \geqslant >= ≥ >=
-    \ne != \neq != ≠ != \lt < \gt > \in = ∈ = \cdot * \times * \ast * \div / \cup , ∪ , \circ °
-    \degree ° \{ ⦃ \} ⦄ \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \emptyset ⦃⦄ \varnothing ⦃⦄
-    ∅ ⦃⦄ \dfrac \frac \tfrac \frac \cfrac \frac \bar \overline \lg \log ∞ \infty π \pi ± \pm
-    \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan cot \frac1\tan
-    \sec \frac1\cos \csc \frac1\sin zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8
-    nine 9 ten 10 dozen *12 hundred *10^2 thousand *10^3 million *10^6 billion *10^9 trillion *10^12
-    half /2 halve /2 third /3 quarter /4 fourth /4 fifth /5 sixth /6 seventh /7 eighth /8 ninth /9
-    tenth /10 hundredth /100 thousandth /1000""".split())] * 2))
+MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >= \geqslant >= ≥ >= \ne
+    != \neq != ≠ != \lt < \gt > \in = ∈ = \cdot * \times * \ast * \div / \cup , ∪ , \circ ° \degree
+    ° \{ ⦃ \} ⦄ \lbrace ⦃ \rbrace ⦄ \lvert | \rvert | \vert | \emptyset ⦃⦄ \varnothing ⦃⦄ ∅ ⦃⦄
+    \dfrac \frac \tfrac \frac \cfrac \frac \bar \overline \lg \log \approx ≈ ∞ \infty π \pi ± \pm
+    \sqrt \root{2} sqrt \root{2} √ \root{2} ∛ \root{3} \cot \frac1\tan cot \frac1\tan \sec
+    \frac1\cos \csc \frac1\sin zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9
+    ten 10 dozen *12 hundred *10^2 thousand *10^3 million *10^6 billion *10^9 trillion *10^12 half
+    /2 halve /2 third /3 quarter /4 fourth /4 fifth /5 sixth /6 seventh /7 eighth /8 ninth /9 tenth
+    /10 hundredth /100 thousandth /1000""".split())] * 2))
 # a text in LaTeX, a word of four letters, or one that is known; a variable is none of these
-UNIT = (r"(?:\"(?! *(?:i|e|[apAP]\.?[mM]\b\.?) *\")[^\"]*\"|(?<=[ /\-])(?!squared|cubed|factorial)"
+UNIT = (r"(?:“(?! *(?:i|e|pi|[apAP]\.?[mM]\b\.?) *”)[^”]*”|(?<=[ /\-])(?!squared|cubed|factorial)"
         r"[^\W\d_]{4,}\b|(?<= )(?:[b-df-hj-np-tv-z][aeiou][a-z]|USD|EUR)\b|[^\W\d_a-zA-Z]+"
         r"|\b(?:cm|mm|km|kg|mg|ft|in|mph|lbs?|oz|mi|sq|yd|hrs?|sec)\b|(?<=/)[hs]\b)")
 FUNCTION = "asin|acos|atan|sin|cos|tan|ln|log|exp|abs"
-# pattern -> what is written in its place, in this order; ␣ is a space, "..." a text in LaTeX
+# pattern -> what is written in its place, in this order; ␣ is a space, “...” a text in LaTeX
 SPELLINGS = r"""
 \\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}
-(?<=[\d}]) *(?:\\approx|≈).*|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d))|\\\w*color\{\w+\} ->
+(?<=[\d}]) *≈.*|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d))|\\\w*(?:color|space)\*?\{\w+\} ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
 (?<![/~ ,;:])\\math[a-z]+ *\{ *([A-Za-z]|\\[a-z]+) *\} -> {\1}
-(?:\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{|\{ *\\(?:rm|bf|it)\b)([^{}]*)\} -> "\1"
+(?:\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{|\{ *\\(?:rm|bf|it)\b)([^{}]*)\} -> “\1”
 \\begin *\{(?:[pb]?matrix|array)\} *(?:\{[lcr|]*\})? -> [[
 (?:\\\\)?\s*\\end *\{\w+\} -> ]]
 \\\\(?: *\[[^]]*\])? -> ],[
@@ -190,15 +189,15 @@ SPELLINGS = r"""
 \\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣
 ^(?:Matrix|array) *\((.*)\)$ -> \1
 \\?(?:arc(sin|cos|tan)|(sin|cos|tan) *\^ *\{? *- *1 *\}?) -> a\1\2␣
-\\(?!(?:FUNCTION|frac|root|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|" *" ->
-"([^"]*\d[^"]*)"|" *(and|or) *" -> ␣\1\2␣
+\\(?!(?:FUNCTION|frac|root|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|“ *” ->
+“([^”]*\d[^”]*)”|“ *(and|or) *” -> ␣\1\2␣
 &|,? *\b(?:and|or)\b|; -> ,␣
-(?:\^ *\{? *)?° *\}?(?: *["{]? *[CF]\b *["}]?)? -> °
-^( *-?) *"? *(?:US|USD|EUR|GBP|INR|Rs\.?) *"? *(?=-?\d) -> \1
+(?:\^ *\{? *)?° *\}?(?: *[“{]? *[CF]\b *[”}]?)? -> °
+^( *-?) *“? *(?:US|USD|EUR|GBP|INR|Rs\.?) *”? *(?=-?\d) -> \1
 (?<=[\w)}\]⦄°!.])(?:[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[,;)\]}⦄=<>])) -> ␣
-(?i:^[ "]*(?:the )?(?:final )?answer(?: is)?:?[ "]*) ->
-^ *("[^"]*"|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=
-" -> ␣
+(?i:^[ “]*(?:the )?(?:final )?ans(?:wer)?\b(?: is)?:?[ ”]*) ->
+^ *(“[^”]*”|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=
+[“”] -> ␣
 \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}
 \\(frac|binom) *(\d) -> \\\1{\2}
 (?<![\w.^])(\d+) *\\frac *\{(\d+)\} *(?:\{(\d+)\}|(\d)) -> {\1+\2/\3\4}
@@ -309,7 +308,7 @@ class Reader:
         while len(sides) == len(signs):
             start = self.at
             sides.append(self.expression())
-            side = "".join(self.tokens[start : self.at])
+            side = "".join(self.tokens[start : self.at]).strip("{}")
             names.append(side if NAME.fullmatch(side) and side not in CONSTANTS else "")
             if sign := self.take("=", "<", ">", "<=", ">=", "!="):
                 signs.append(sign)
@@ -375,13 +374,13 @@ class Reader:
         return power(cmath.log(value, int(base)) if base else FUNCTIONS[name](value), exponent)
 
 
-def gather(parts: list):
+def gather(parts: list, kind: type = list):
     """A list or set: its elements in any order; one element is itself, and one name no matter."""
     parts = [part if isinstance(part, tuple) else ("number", digits(part)) for part in parts]
     if len({part[1] for part in parts if part[0] == "named"}) < 2:
         parts = [part[2] if part[0] == "named" else part for part in parts]
-    flat = {one for part in parts for one in (part[1] if part[0] == "set" else [part])}
-    return flat.pop() if len(flat) == 1 else ("set", frozenset(flat))
+    flat = kind(one for part in parts for one in (part[1] if part[0] == "set" else [part]))
+    return next(iter(flat)) if len(flat) == 1 else ("set", tuple(sorted(flat, key=repr)))
 
 
 @lru_cache(maxsize=4096)
@@ -396,12 +395,13 @@ def canonical(answer: str) -> tuple:
             return ("base", based[1].replace(" ", ""), based[2])
         signed = {re.sub(r"\\(?:pm|mp)(?![a-z])", sign, text) for sign in "+-"}
         # what agrees at three points agrees everywhere, but for a tiny chance
-        found = [gather([Reader(one, point).bracket() for one in signed]) for point in (1, 2, 3)]
+        kind = list if len(signed) == 1 else set
+        found = [gather([Reader(t, p).bracket() for t in signed], kind) for p in (1, 2, 3)]
         if found[0][0] == "=" and found[0] != found[1]:
             found = [("=", digits(difference / found[0][1])) for _, difference in found]
         return found[0] if len(set(found)) == 1 else tuple(found)
     except Exception:  # what breaks the reader is no answer that a reader could give
-        return ("words", re.sub(r"[\s{}]|\.(?!\d)", "", text).lower() or text)
+        return ("words", re.sub(r"[\s{}]|\.(?!\d)", "", text).lower() or answer)
 
 
 def equal(prediction: str, gold: str) -> bool:
@@ -414,8 +414,7 @@ def equal(prediction: str, gold: str) -> bool:
     if "=" in prediction and "=" in gold:  # one may be solved for a variable
         both = (re.sub("^([^=]+)=([^=]+)$", r"\1-(\2)=0", text) for text in (prediction, gold))
         return operator.eq(*map(canonical, both))
-    last = re.split(r"(?<![<>!])=", prediction)[-1]
-    return theirs[0] == "number" and canonical(last) == theirs
+    return theirs[0] == "number" and canonical(re.split("(?<![<>!])=", prediction)[-1]) == theirs
 
 
 # ---------------------------------------------------------------- scores
@@ -588,14 +587,14 @@ solution); of one question's samples, the same id, question and gold; greedy: tr
     print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
     print(table({"": summary}), f"failures: {summary['failures'] or 'none'}", sep="\n")
     if bad:
-        print(f"{len(bad)} lines passed over:", *bad[:10], *["..."] * (len(bad) > 10), sep="\n  ")
+        print(f"{len(bad)} lines passed over:", *bad[:9], *["..."] * (len(bad) > 9), sep="\n  ")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know all characters
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError) as error:
