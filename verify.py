@@ -117,25 +117,27 @@ def interpreters(pid: int) -> tuple:
     return pydantic_monty, pool
 
 
-def run_program(source: str, is_block: bool, limit: float) -> tuple[str | None, str]:
+def run_program(source: str, is_block: bool, limit: float, again=True) -> tuple[str | None, str]:
     """What a function returns, or a block's last expression or print; the failure, or ""."""
     with STARTING:  # from any thread
         monty, pool = interpreters(os.getpid())
     if not is_block:
         names = re.findall(r"^def (\w+)", source, re.M) or ["nothing"]
         source += f"\n{'simple_math_problem' if 'simple_math_problem' in names else names[-1]}()"
-    source = "eval = exec = None\n" + source  # what computes an answer is there to be read
+    code = "eval = exec = None\n" + source  # what computes an answer is there to be read
     limits = {"max_feed_duration_secs": limit, "max_memory": MEMORY}
     printed = monty.CollectString(100_000)
     try:  # a session of its own: nothing is left behind for the next program
         with pool.checkout(limits=limits, os_policy={"sleep": "call_host"}) as session:
-            value = session.feed_run(source, print_callback=printed)
+            value = session.feed_run(code, print_callback=printed)
         if is_block and value is None:
             value = printed.output.strip().rpartition("\n")[2] or None
         return value if value is None else plain(value), ""
     except monty.MontyError as error:
         reason = error.exception()
         late = isinstance(reason, TimeoutError) or getattr(error, "timed_out", False)
+        if again and isinstance(error, monty.MontyCrashedError) and not late:  # killed from outside
+            return run_program(source, is_block, limit, again=False)
         missing = isinstance(reason, (ImportError, PermissionError, NotImplementedError))
         return None, "timeout" if late else "blocked" if missing else "error"
     except (TypeError, ValueError):  # of plain; a block may end on what is no answer
@@ -419,7 +421,6 @@ def equal(prediction: str, gold: str) -> bool:
 
 # ---------------------------------------------------------------- scores
 def score(completion: str, gold: str) -> Score:
-    """The score of one completion."""
     return score_batch([completion], [gold])[0]
 
 
@@ -432,15 +433,15 @@ def score_batch(completions: list[str], golds: list[str],
     with ThreadPoolExecutor(WORKERS) as threads:
         ran = iter(list(threads.map(run_program, *zip(*programs))))
     scores = []
-    for text, gold, (name, code) in zip(texts, golds, split, strict=True):
+    for text, gold, (name, code) in zip(texts, map(str, golds), split, strict=True):
         answer, failure = next(ran) if code else (None, "error" if code == "" else "")
-        shows = answer is not None and canonical(answer)[0] != "words"
+        shows = answer and canonical(answer)[0] != "words" and not re.search("[a-z]{2} ", answer)
         if name == "omi1" and failure == "blocked" or name != "tinygsm" and not (failure or shows):
             # prose, or a block that shows no value or needs a module: the box is the answer
             stated, failure = prose_answer(text)
             answer = answer if stated is None else stated
-        right = answer is not None and equal(answer, str(gold))
-        failure = failure or (None if right else "no answer" if answer is None else "wrong")
+        if not failure:
+            failure = "no answer" if answer is None else None if equal(answer, gold) else "wrong"
         scores.append(Score(float(failure is None), name, answer, failure))
     return scores
 
@@ -477,9 +478,8 @@ def shares(rows: list[dict]) -> dict:
 
 
 def summarize(rows: list[dict], n: int | None = None) -> dict:
-    """Metrics of scored rows (id, gold, format, answer, reward, failure, greedy) of n questions:
-    pass@1 of greedy rows; pass@k and maj@k of the others, k of them a question. Questions without
-    rows count as wrong where n counts them.
+    """Metrics of scored rows (id, format, answer, reward, failure, greedy): pass@1 of greedy rows,
+    pass@k and maj@k of the others, k a question. Of n questions those without rows are wrong.
     """
     greedy, sampled = ([row for row in rows if row["greedy"] == kind] for kind in (True, False))
     groups = collections.defaultdict(list)
@@ -536,8 +536,7 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
         array = text.lstrip()[:1] == "[" and ".jsonl" not in str(file)
         lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
     except Exception as error:  # of the file, its compression or its JSON
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file} cannot be read: {reason}") from None
+        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', 0) or error}") from None
     if not text:
         raise ValueError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
@@ -584,8 +583,8 @@ solution); of one question's samples, the same id, question and gold; greedy: tr
         raise ValueError(f"{argv[0]} holds nothing that can be scored: {bad[0]}")
     scores = score_batch([row["completion"] for row in rows], [row["gold"] for row in rows])
     summary = summarize([row | result._asdict() for row, result in zip(rows, scores)])
-    print(f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals")
-    print(table({"": summary}), f"failures: {summary['failures'] or 'none'}", sep="\n")
+    title = f"{len(rows)} completions of {summary['n']} questions in {argv[0]}, 95% intervals"
+    print(title, table({"": summary}), f"failures: {summary['failures'] or 'none'}", sep="\n")
     if bad:
         print(f"{len(bad)} lines passed over:", *bad[:9], *["..."] * (len(bad) > 9), sep="\n  ")
     sys.stdout.flush()
