@@ -68,9 +68,8 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 
 # ---------------------------------------------------------------- the answer in prose
-INSIDE = "[^{}]*+"  # of braces, which may hold others, and these others
-for _ in range(6):
-    INSIDE = rf"(?:[^{{}}]++|\{{{INSIDE}\}})*+"
+# what braces hold, with others inside, four deep
+INSIDE = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+\})*+"
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({INSIDE})\}}")
 boxes = BOX.findall  # boxes(text): what each \boxed{...} of a text holds
 # what announces an answer, and the rest of the line; then, what ends the answer within it
@@ -312,9 +311,9 @@ class Reader:
             sides.append(self.expression())
             side = "".join(self.tokens[start : self.at]).strip("{}")
             names.append(side if NAME.fullmatch(side) and side not in CONSTANTS else "")
-            if sign := self.take("=", "<", ">", "<=", ">=", "!="):
+            if sign := self.take("=", "<", ">", "<=", ">="):
                 signs.append(sign)
-        if signs[:1] == ["="]:
+        if set(signs) == {"="}:
             if not any(names):  # counts up to a factor
                 return ("=", sides[0] - sides[1])
             name, value = (names[0], sides[-1]) if names[0] else (names[-1], sides[0])
@@ -530,15 +529,16 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
     """The objects of a .jsonl file, one a line, or of a .json array, also .gz, each with its number
     from 1; in place of what is no object, a sentence. Raises ValueError if nothing can be read.
     """
+    reason = "it is empty"
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
             text = stream.read().decode("utf-8-sig", errors="replace").rstrip()
         array = text.lstrip()[:1] == "[" and ".jsonl" not in str(file)
         lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
     except Exception as error:  # of the file, its compression or its JSON
-        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', 0) or error}") from None
+        text, reason = "", getattr(error, "strerror", None) or error
     if not text:
-        raise ValueError(f"{file} is empty")
+        raise ValueError(f"{file} cannot be read: {reason}")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line or "null")
