@@ -68,10 +68,9 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 
 # ---------------------------------------------------------------- the answer in prose
-# what braces hold, with others inside, four deep
 INSIDE = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+\})*+"
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({INSIDE})\}}")
-boxes = BOX.findall  # boxes(text): what each \boxed{...} of a text holds
+boxes = BOX.findall  # boxes(text): what each \boxed{...} holds, with braces four deep
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]ns(?:wer)?(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
@@ -176,41 +175,41 @@ UNIT = (r"(?:“(?! *(?:i|e|pi|[apAP]\.?[mM]\b\.?) *”)[^”]*”|(?<=[ /\-])(?
         r"[^\W\d_]{4,}\b|(?<= )(?:[b-df-hj-np-tv-z][aeiou][a-z]|USD|EUR)\b|[^\W\d_a-zA-Z]+"
         r"|\b(?:cm|mm|km|kg|mg|ft|in|mph|lbs?|oz|mi|sq|yd|hrs?|sec)\b|(?<=/)[hs]\b)")
 FUNCTION = "asin|acos|atan|sin|cos|tan|ln|log|exp|abs"
-# pattern -> what is written in its place, in this order; ␣ is a space, “...” a text in LaTeX
+# pattern -> what is written in its place, in this order  # an example; ␣ is a space, “...” a text
 SPELLINGS = r"""
-\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}
+\\dot *\{?(\d)\}?(?:(\d*)\\dot *\{?(\d)\}?)? -> \\overline{\1\2\3}  # 0.\dot{3}
 (?<=[\d}]) *≈.*|(?<=\d)(?:,?\\[,!;:]|\{,\}) ?(?=\d{3}(?!\d))|\\\w*(?:color|space)\*?\{\w+\} ->
 \\mathbb *\{?R\}? -> (-\\infty,\\infty)
-(?<![/~ ,;:])\\math[a-z]+ *\{ *([A-Za-z]|\\[a-z]+) *\} -> {\1}
+(?<![/~ ,;:])\\math[a-z]+ *\{ *([A-Za-z]|\\[a-z]+) *\} -> {\1}  # 3\mathrm{x}
 (?:\\(?:text\w*|[mh]box|math[a-z]+|operatorname|emph) *\{|\{ *\\(?:rm|bf|it)\b)([^{}]*)\} -> “\1”
-\\begin *\{(?:[pb]?matrix|array)\} *(?:\{[lcr|]*\})? -> [[
+\\begin *\{(?:[pb]?matrix|array)\} *(?:\{[lcr|]*\})? -> [[  # as a list of rows
 (?:\\\\)?\s*\\end *\{\w+\} -> ]]
 \\\\(?: *\[[^]]*\])? -> ],[
 \\(?:left|right|[bB]igg?[lr]?|q?quad|\w+style|limits|rm|bf|it|[lL]arge|huge|text|math)(?!\w) -> ␣
-\\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣
-^(?:Matrix|array) *\((.*)\)$ -> \1
-\\?(?:arc(sin|cos|tan)|(sin|cos|tan) *\^ *\{? *- *1 *\}?) -> a\1\2␣
+\\[,;:! ()\[\]$%#&]|%|\bpercent\b -> ␣  # spaces and signs
+^(?:Matrix|array) *\((.*)\)$ -> \1  # Python's
+\\?(?:arc(sin|cos|tan)|(sin|cos|tan) *\^ *\{? *- *1 *\}?) -> a\1\2␣  # \sin^{-1} x
 \\(?!(?:FUNCTION|frac|root|binom|overline|infty|pi)\b)[A-Za-z]+ *(?=\{)|“ *” ->
-“([^”]*\d[^”]*)”|“ *(and|or) *” -> ␣\1\2␣
-&|,? *\b(?:and|or)\b|; -> ,␣
-(?:\^ *\{? *)?° *\}?(?: *[“{]? *[CF]\b *[”}]?)? -> °
-^( *-?) *“? *(?:US|USD|EUR|GBP|INR|Rs\.?) *”? *(?=-?\d) -> \1
+“([^”]*\d[^”]*)”|“ *(and|or) *” -> ␣\1\2␣  # \text{18 eggs}
+&|,? *\b(?:and|or)\b|; -> ,␣  # lists
+(?:\^ *\{? *)?° *\}?(?: *[“{]? *[CF]\b *[”}]?)? -> °  # 20^\circ\text{ C}
+^( *-?) *“? *(?:US|USD|EUR|GBP|INR|Rs\.?) *”? *(?=-?\d) -> \1  # US\$5
 (?<=[\w)}\]⦄°!.])(?:[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[,;)\]}⦄=<>])) -> ␣
-(?i:^[ “]*(?:the )?(?:final )?ans(?:wer)?\b(?: is)?:?[ ”]*) ->
-^ *(“[^”]*”|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=
+(?i:^[ “]*(?:the )?(?:final )?ans(?:wer)?\b(?: is)?:?[ ”]*) ->  # the answer is 5
+^ *(“[^”]*”|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=  # Area: 5
 [“”] -> ␣
 \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}
-\\(frac|binom) *(\d) -> \\\1{\2}
-(?<![\w.^])(\d+) *\\frac *\{(\d+)\} *(?:\{(\d+)\}|(\d)) -> {\1+\2/\3\4}
-(?<![\w.])(\d+) +(\d+/\d+)(?!\d) -> {\1+\2}
-\\root\{2\} *\[([^][]*)\] -> \\root{\1}
+\\(frac|binom) *(\d) -> \\\1{\2}  # \frac12
+(?<![\w.^])(\d+) *\\frac *\{(\d+)\} *(?:\{(\d+)\}|(\d)) -> {\1+\2/\3\4}  # -2\frac13
+(?<![\w.])(\d+) +(\d+/\d+)(?!\d) -> {\1+\2}  # 2 1/3
+\\root\{2\} *\[([^][]*)\] -> \\root{\1}  # \sqrt[3]{8}
 \|([^|]+)\| -> abs(\1)
 _ *\{ *(\w+) *\} -> _\1
-(?<=\*)I\b|\bI(?=\*)|(?<=\d)j\b -> i
+(?<=\*)I\b|\bI(?=\*)|(?<=\d)j\b -> i  # sympy's and Python's
 ^[\s=]+|[\s.,:\\]+$ ->
 """.replace("UNIT", UNIT).replace("FUNCTION", FUNCTION).strip().split("\n")
-SPELLINGS = [(re.compile(found), new.strip().replace("␣", " "))
-             for found, _, new in (line.partition(" ->") for line in SPELLINGS)]
+SPELLINGS = [(re.compile(found), new.strip().replace("␣", " ")) for found, _, new in
+             (line.partition("  # ")[0].partition(" ->") for line in SPELLINGS)]
 THOUSANDS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}((?:,\d{3})+(?!,?\d)|(?: \d{3})+(?![\w/]))")
 
 
