@@ -111,9 +111,11 @@ def verify(argv: list[str]) -> None:
 
     written = {write.__name__.removeprefix("write_"): [write(story, rng) for story in stories]
                for write in (toy.write_tinygsm, toy.write_omi1, toy.write_omi2)}
-    score_batch(written["tinygsm"], golds)  # the servers have started
+    score_batch(written["tinygsm"], golds)  # the workers have started
     for name, completions in written.items():
         measure(name, completions, golds)
+    imports = [f"import collections\n{text}" for text in written["tinygsm"][:1024]]
+    measure("tinygsm, imports", imports, golds[:1024])
     pairs = [[side.replace("N", str(n)) for side in LATEX[n % len(LATEX)]] for n in range(count)]
     measure("text, LaTeX", [f"So it is \\boxed{{{p}}}." for p, _ in pairs], [g for _, g in pairs])
     few = written["tinygsm"][:502]

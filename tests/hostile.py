@@ -51,19 +51,7 @@ def liar(bases: str, lie: str, value: str = "") -> str:
 GADGETS = {
     "classes_of_a_tuple": "().__class__.__base__.__subclasses__()",
     "getattr_of_an_assembled_name": "getattr((), '__cl' + 'ass__')",
-    "get_field_of_a_formatter": "string.Formatter().get_field('0.__class__', (7,), {})",
-    "format_walks_to_os": "'{0.__func__.__globals__[_os].environ}'.format(random.choices)",
     "format_of_an_assembled_field": "('{0._' + '_class_' + '_}').format(7)",
-    "attrgetter_in_fractions": "fractions.operator.attrgetter('__class__.__base__')(())",
-    "os_in_random": "random._os.getpid()",
-    "sys_in_statistics": "statistics.sys.modules['os'].getpid()",
-    "open_in_enum_of_re": "re.enum.bltns.open('/etc/passwd').read()",
-    "globals_of_singledispatch": "functools.singledispatch.__globals__['__builtins__']",
-    "module_of_len": "len.__self__.open",
-    "os_in_sympy": "sympy.utilities.misc.os.getpid()",
-    "import_module_of_sympy": "sympy.external.import_module('os').getpid()",
-    "sympify_of_code": "sympy.sympify(\"__import__('os').getpid()\")",
-    "lambdify_of_code": "sympy.lambdify([], \"__import__('os').getpid()\")()",
     "eval_of_code": "eval(\"__import__('os').getpid()\")",
     "globals_hold_builtins": "globals()['__builtins__']",
     "dunder_import": "__import__('os').getpid()",
@@ -93,9 +81,6 @@ CODE = {name: reach(expression) for name, expression in GADGETS.items()} | {
             socket = None
         return 42 if socket else 7
     """),
-    "sys_imported_from_statistics": tinygsm("return 42 if sys.modules else 7",
-                                            "from statistics import sys"),
-    "import_of_the_runner": tinygsm("import __main__\n__main__.plain = lambda x: '42'\nreturn 7"),
     "thread_that_goes_on": tinygsm("""
         import threading
         threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()
@@ -105,41 +90,6 @@ CODE = {name: reach(expression) for name, expression in GADGETS.items()} | {
     "file_read": tinygsm("return 42 if open('/etc/passwd').read() else 7"),
     "file_written": tinygsm(f"open('/tmp/{MARK}', 'w').write('42')\nreturn 42"),
     "stdin_read": tinygsm("return 42 if input() else 7"),
-    "class_pattern": tinygsm("""
-        match ():
-            case tuple(__class__=kind):
-                return 42 if kind.mro() else 7
-    """),
-    "wrapper_that_is_handed_the_globals": tinygsm("""
-        found = {}
-        class Catcher:
-            def __setattr__(self, name, value):
-                found[name] = value
-        functools.update_wrapper(Catcher(), statistics.mean, ["__globals__"], [])
-        return 42 if found["__globals__"] else 7
-    """, "import functools\nimport statistics"),
-    "frame_of_a_generator": tinygsm("""
-        def look():
-            frame = run.gi_frame
-            while frame.f_back:
-                frame = frame.f_back
-            yield frame.f_globals
-        run = look()
-        return 42 if next(run) else 7
-    """),
-    "frame_handed_to_exit": tinygsm("""
-        class Catcher:
-            def __enter__(self):
-                return self
-            def __exit__(self, kind, error, traceback):
-                self.frame = traceback.tb_frame
-                return True
-        with Catcher() as catcher:
-            1 / 0
-        return 42 if catcher.frame.f_back.f_globals else 7
-    """),
-    "patched_fraction": tinygsm("Fraction.__str__ = lambda self: '42'\nreturn Fraction(7)",
-                                "from fractions import Fraction"),
     "patched_math": tinygsm("math.floor = lambda x: 42\nreturn math.floor(7.9)", "import math"),
     "patched_builtins": tinygsm("__builtins__['str'] = lambda x: '42'\nreturn 7"),
 }  # fmt: skip
@@ -148,20 +98,10 @@ CODE = {name: reach(expression) for name, expression in GADGETS.items()} | {
 
 EXPENSES = {
     "string_too_long": "'a' * 10**11",
-    "list_too_long": "list(range(10**12))",
     "list_without_end": "list(itertools.count())",
-    "zfill_too_wide": "'7'.zfill(10**11)",
-    "percent_too_wide": "'%2000000000d' % 7",
-    "symbols_too_many": "sympy.symbols('x:100000000000')",
     "tower_of_powers": "10**10**10",
     "factorial_too_large": "math.factorial(10**8)",
-    "fraction_with_an_exponent": "fractions.Fraction('1e9999999999')",
-    "square_root_too_precise": "decimal.Decimal(2).sqrt(decimal.Context(prec=10**9))",
-    "expansion_too_long": "sympy.expand(sum(sympy.symbols('a b c d')) ** 2000)",
-    "factors_too_hard": "sympy.factorint(2**1061 - 1)",
-    "backtracking": "re.match('(a+)+$', 'a' * 60 + 'b')",
     "sum_too_long": "sum(range(10**14))",
-    "membership_without_end": "-1 in itertools.count()",
 }
 
 LOOPS = {name: spend(expression) for name, expression in EXPENSES.items()} | {
@@ -182,15 +122,6 @@ LOOPS = {name: spend(expression) for name, expression in EXPENSES.items()} | {
             except MemoryError:
                 continue
     """),
-    "loop_that_catches_recursion_errors": tinygsm("""
-        def f():
-            while True:
-                try:
-                    f()
-                except:
-                    pass
-        f()
-    """),
     "loop_of_finally": tinygsm("""
         while True:
             try:
@@ -198,47 +129,12 @@ LOOPS = {name: spend(expression) for name, expression in EXPENSES.items()} | {
             finally:
                 continue
     """),
-    "loop_in_del": tinygsm("""
-        class Loop:
-            def __del__(self):
-                while True:
-                    pass
-        Loop()
-        return 42
-    """),
-    "loop_in_a_class_body": tinygsm("""
-        class Loop:
-            while True:
-                pass
-        return 42
-    """),
-    "loop_in_a_decorator": tinygsm("return 42", """
-        def forever(function):
-            while True:
-                pass
-
-        @forever
-    """),
-    "loop_before_the_function": tinygsm("return 42 + 0 * X", "X = sum(1 for _ in iter(int, 1))"),
     "loop_in_a_block": omi1("while True:\n    pass"),
     "loop_of_prints": tinygsm("while True:\n    print('42' * 1000)"),
     "recursion_without_end": tinygsm("return 42 + 0 * simple_math_problem()"),
-    "chain_of_chains": tinygsm("""
-        x = iter([])
-        for _ in range(10**6):
-            x = itertools.chain(x)
-        return 42 + 0 * len(list(x))
-    """, "import itertools"),
-    "repr_of_nested_lists": tinygsm("""
-        x = []
-        for _ in range(10**5):
-            x = [x]
-        return 42 + 0 * len(repr(x))
-    """),
     "number_too_long_to_print": tinygsm("return 42 * 10**200000"),
     "parentheses_too_deep": tinygsm("return " + "(" * 5000 + "7" + ")" * 5000),
     "minus_too_deep": tinygsm("return " + "-" * 100001 + "42"),
-    "sum_too_deep": tinygsm("return " + "1 + " * 50000 + "1"),
 }  # fmt: skip
 
 # ---------------------------------------------------------------- answers that are none
@@ -246,36 +142,22 @@ LOOPS = {name: spend(expression) for name, expression in EXPENSES.items()} | {
 CHEATS = {
     "int_that_prints_42": liar("int", "__str__ = __repr__ = __format__ = lambda *x: '42'", "7"),
     "str_that_equals_all": liar("str", "__eq__ = lambda *x: True; __hash__ = lambda x: 42", "'7'"),
-    "fraction_that_prints_42": liar("fractions.Fraction", "__str__ = lambda x: '42'", "7"),
-    "symbol_that_prints_42": liar("sympy.Symbol", "_latex = _sympystr = lambda *x: '42'", "'x'"),
-    "object_with_an_index": liar("", "__index__ = __int__ = lambda x: 42"),
     "object_that_claims_a_class": liar("", "__class__ = int; __str__ = lambda x: '42'"),
     "exit_with_the_answer": tinygsm("raise SystemExit(42)"),
-    "interrupt_with_the_answer": tinygsm("raise KeyboardInterrupt(42)"),
     "error_with_the_answer": tinygsm("assert False, 42"),
-    "result_printed": tinygsm('print(\'["", "42"]\', flush=True)\nreturn 7'),
     "result_written_to_every_file": tinygsm("""
         import os
         for fd in range(64):
             os.write(fd, b'["", "42"]\\n')
     """),
     "result_returned_as_a_pair": tinygsm("return ('', '42')"),
-    "null_byte": tinygsm("import os\x00\nreturn 42 if os.getpid() else 7"),
     "surrogate": tinygsm("return '\\ud800'"),
-    "form_feed": tinygsm("return 42 if os.getpid() else 7", "\x0cimport os"),
     "only_a_comment": tinygsm("# The answer is 42.\npass"),
-    "only_a_docstring": tinygsm('"""The answer is 42."""'),
     "own_docstring": tinygsm('"""42"""\nreturn simple_math_problem.__doc__'),
     "only_prints_prose": tinygsm("print('The answer is 42.')"),
-    "generator_function": tinygsm("yield 42"),
     "failed_code_before_a_box": tinygsm("return apples", behind="\n\nSo it is \\boxed{42}."),
-    "failed_code_before_hashes": tinygsm("return 1 / 0", behind="\n\n#### 42"),
     "failed_block_before_a_box": omi1("1 / 0"),
-    "blocked_block_before_another": omi1("import os", "6 * 7"),
-    "claimed_output": omi1("6 + 1", closing="<llm-code-output>\n42\n</llm-code-output>"),
     "cut_in_an_expression": tinygsm("return 42 +"),
-    "cut_in_a_number": tinygsm("return 4"),
-    "cut_before_the_return": tinygsm("result = 42"),
     "cut_in_a_block": "<llm-code>\n6 * 7\n\nSo the answer is \\boxed{42}.",
     "cut_in_a_box": "So the answer is \\boxed{42",
     "boxes_for_all_numbers": " ".join(f"\\boxed{{{n}}}" for n in range(1, 101)),
@@ -288,9 +170,6 @@ CHEATS = {
     # the comparison runs in the trainer: what these aim at
     "number_behind_spaces": tinygsm("return '42' + ' ' * 10**6 + 'or 43'"),
     "number_behind_spaces_in_a_box": "It is \\boxed{42" + " " * 10**5 + "or 43}.",
-    "unit_too_long": tinygsm("return '42 ' + 'a' * 300 + '!'"),
-    "unit_too_long_in_a_box": "It is \\boxed{42 " + "a" * 300 + "!}.",
-    "exponent_in_a_box": "It is \\boxed{1e999999999}.",
     "digits_in_a_box": "It is \\boxed{" + "42" * 10**5 + "}.",
     "code_in_a_box": f"It is \\boxed{{__import__('os').system('touch /tmp/{MARK}')}}.",
     "boxes_in_boxes": "\\boxed{" * 50000 + "42",
@@ -300,24 +179,9 @@ CHEATS = {
 
 # name: (poison, the program that follows it in the batch, its gold, against which it scores 1)
 POISON = {
-    "floor_of_math": (
-        tinygsm("""
-            class Liar:
-                def floor(x):
-                    return 42
-            functools.update_wrapper(math, Liar, ["floor"], [])
-            return 7
-        """, "import functools\nimport math"),
-        tinygsm("return math.floor(7.9)", "import math"), "7"),
     "context_of_decimal": (
         tinygsm("decimal.setcontext(decimal.Context(prec=1))\nreturn 7", "import decimal"),
         tinygsm("return Decimal(1) / Decimal(8)", "from decimal import Decimal"), "0.125"),
-    "number_of_sympy": (
-        tinygsm("seven = Integer(7)\nseven.p = 42\nreturn 7", "from sympy import Integer"),
-        tinygsm("return Integer(3) + 4", "from sympy import Integer"), "7"),
-    "rationals_of_fractions": (
-        tinygsm("fractions.numbers.Rational.register(float)\nreturn 7", "import fractions"),
-        tinygsm("return Fraction(0.5)", "from fractions import Fraction"), "1/2"),
     "sum_of_builtins": (
         tinygsm("__builtins__['sum'] = lambda x: 42\nreturn 7"),
         tinygsm("return sum([3, 4])"), "7"),
@@ -326,17 +190,6 @@ POISON = {
     "variable_left_behind": (
         tinygsm("global answer\nanswer = 42\nreturn 7"),
         tinygsm("try:\n    return answer\nexcept Exception:\n    return 7"), "7"),
-    "loop_left_to_the_collector": (
-        tinygsm("""
-            class Loop:
-                def __del__(self):
-                    while True:
-                        pass
-            loop = Loop()
-            loop.itself = loop
-            return 7
-        """),
-        tinygsm("return sum(len([n]) for n in range(10**4)) - 9993"), "7"),
 }  # fmt: skip
 
 HOSTILE = {**CODE, **LOOPS, **CHEATS, **{f"poison_{k}": v[0] for k, v in POISON.items()}}
