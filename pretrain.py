@@ -71,7 +71,7 @@ class Config:
     log_every: int = 20  # steps between metric rows
     seed: int = 0  # of the initialisation and of the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 if faster
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda
     compile: bool = False  # torch.compile; needs a C++ compiler, on cuda Triton
 
 
@@ -186,7 +186,7 @@ def compiled(model, device, dynamic=False):
         return model
 
 
-def fetch(mixture, step: int, processes) -> tuple[torch.Tensor, int]:
+def fetch(mixture, step: int, processes):
     """This rank's blocks (b, T + 1) of a step, on its device; the number of all ranks' targets."""
     batch = mixture.batch(step)  # the same on every rank; each takes its rows
     mine = torch.from_numpy(batch[processes.rank :: processes.world])
@@ -267,7 +267,7 @@ def launch(main, cls, presets: dict) -> None:
         sys.exit(2)
 
 
-def parse_config(cls, presets: dict, argv: list[str]):
+def parse_config(cls, presets: dict, argv: list):
     """An instance of `cls`: its defaults < presets < --config=FILE.json < --key=value. A preset
     applies where all its words are among the chosen preset and algo.
     """
@@ -297,21 +297,23 @@ def parse_config(cls, presets: dict, argv: list[str]):
     return cls(**values | flags)
 
 
-RANGES = {  # of the numbers that need not just be above 0
-    "tokens warmup_steps weight_decay max_steps keep_every seed kl_coef eval_k eval_temperature":
-        "0 <= x < inf",
-    "beta1 beta2 warmup": "0 <= x < 1",
-    "min_learning_rate gae_lambda": "0 <= x <= 1",
-    "top_p eval_top_p": "0 < x <= 1",
-}
+RANGES = [  # names, what holds for them, in words; every other number is above 0
+    ("tokens warmup_steps weight_decay max_steps keep_every seed kl_coef eval_temperature",
+     lambda x: 0 <= x < math.inf, "0 or more"),
+    ("beta1 beta2 warmup", lambda x: 0 <= x < 1, "0 or more and below 1"),
+    ("min_learning_rate gae_lambda", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("top_p eval_top_p learning_rate critic_learning_rate", lambda x: 0 < x <= 1,
+     "above 0 and at most 1"),
+]
 
 
 def check_ranges(cfg) -> None:
     """Raises UserError where a number of cfg is out of its range: the one place that knows them."""
     for name, x in vars(cfg).items():
-        rule = next((r for names, r in RANGES.items() if name in names.split()), "0 < x < inf")
-        if type(x) in (int, float) and not eval(rule, {"x": x, "inf": math.inf}):  # nor is NaN
-            raise UserError(f"--{name}={x} is out of its range: {rule}")
+        holds, words = next((rule for names, *rule in RANGES if name in names.split()),
+                            (lambda x: 0 < x < math.inf, "a finite number above 0"))
+        if type(x) in (int, float) and not holds(x):  # nor does anything hold for NaN
+            raise UserError(f"--{name}={x} must be {words}")
 
 
 class Processes(NamedTuple):
@@ -370,11 +372,10 @@ def setup_distributed(device: str) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), place)
 
 
-def autocast(dtype: str, device, amx: bool = True):
-    """bfloat16 or nothing; "auto": on cuda, and where `amx` on a CPU with units for it."""
-    fast = device.type == "cuda" or amx and torch.cpu.get_capabilities().get("amx_bf16", False)
-    enabled = fast if dtype == "auto" else dtype == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled)
+def autocast(dtype: str, device):
+    """bfloat16 or nothing; "auto": bfloat16 on cuda."""
+    wanted = "bfloat16" if dtype == "auto" and device.type == "cuda" else dtype
+    return torch.autocast(device.type, torch.bfloat16, wanted == "bfloat16")
 
 
 FREE = (  # what may change when a run continues: no result depends on it, or `inputs` has it
@@ -472,8 +473,8 @@ class Run:
             with writing(self.log), open(self.log, "a") as file:
                 print(line, file=file)
         if row["kind"] == "train":
-            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-            self.say(" ".join(f"{name} {x:.4g}" for name, x in numbers.items()))
+            numbers = ((k, x) for k, x in row.items() if isinstance(x, (int, float)))
+            self.say(" ".join(f"{name} {x:.4g}" for name, x in numbers))
 
     def say(self, text: str) -> None:
         if self.processes.rank == 0:

@@ -592,8 +592,7 @@ def main(cfg: Config) -> dict:
     train = fitting("train", train_set, encoding, room, cfg.max_new_tokens)
     test = fitting("test", test_set, encoding, room, cfg.max_new_tokens)
     inputs = {"base": base, "train questions": train_set, "test questions": test_set}
-    # on a CPU a token waits for the cache, and in bfloat16 that was read no faster
-    context = autocast(cfg.dtype, processes.device, amx=False)
+    context = autocast(cfg.dtype, processes.device)
     policy = Trainer(Policy(copy.deepcopy(base), cfg.temperature), cfg.learning_rate, cfg)
     critic = cfg.algo == "ppo" and Trainer(Critic(base), cfg.critic_learning_rate, cfg)
     model, reference = policy.module.gpt, Policy(base, cfg.temperature)
