@@ -321,7 +321,7 @@ class Processes(NamedTuple):
     world: int
     device: torch.device
 
-    def sum(self, *values: float) -> list[float]:
+    def sum(self, *values: float) -> list:
         """Each value, added up over the ranks; on the CPU, so that no GPU is waited for."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
@@ -444,7 +444,7 @@ class Run:
                             f"{instead}, or --overwrite=true to delete that run")
         self.held.enter_context(log)
 
-    def load(self) -> dict | None:
+    def load(self):
         """The checkpoint to continue from, or None; rows behind it leave the log, to come again."""
         state = {"log_size": 0, "step": 0}
         if there := self.checkpoint.exists():

@@ -199,7 +199,7 @@ def test_no_setting_takes_a_number_that_makes_no_sense(setting):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(learning_rate=float("nan")), "--learning_rate=nan is out of"),
+    (dict(learning_rate=float("nan")), "--learning_rate=nan must be above 0"),
     (dict(heads=3), "multiple of 2 x --heads=3"), (dict(mix="toy-tiny"), "unknown corpus"),
     (dict(mix="toy-omi1:2,toy-omi2:50%"), "not both"), (dict(device="cuda"), "cuda: 0 GPUs"),
     (dict(max_steps=9), "holds a run with another max_steps .8 there, 9 here.: choose another")])
