@@ -30,11 +30,11 @@ BLOCK = ("Let's see.\n<llm-code>\n{}\n</llm-code>\n<llm-code-output>\n7\n</llm-c
 
 
 @pytest.mark.parametrize("completion, name, answer, failure", [
-    (CODE.format('"""\n    It is \\boxed{9}.\n    """\n    result = 14 // 2'), "tinygsm", "7", None),
+    (CODE.format('"""\n    \\boxed{9}\n    """\n    result = 14 // 2'), "tinygsm", "7", None),
     ("import math\n\ndef helper(x):\n    return math.floor(x)\n\n"
      + CODE.format("result = helper(7.9)"), "tinygsm", "7", None),
     ("def f():\n    return 0.1 + 6.9\n\nSo the answer is 9.", "tinygsm", "7", None),
-    ("def f():\n    return 7\n\nQuestion: and now?\n\ndef f():\n    return 8", "tinygsm", "7", None),
+    ("def f():\n    return 7\n\nQuestion: now?\n\ndef f():\n    return 8", "tinygsm", "7", None),
     ("\ufeff  def f():\n      return 7", "tinygsm", "7", None),
     ("def f():\n    return 6", "tinygsm", "6", "wrong"),
     ("def f():\n    print(7)", "tinygsm", None, "no answer"),
@@ -113,7 +113,7 @@ def test_equality_accepts_what_is_equal_and_nothing_else(kind):
     "9^{9^{9^9}}", "10^{10^{10}}", "100000!", "(1+x)^{100000}", "\\binom{10^9}{10^8}", "{" * 10000,
     "(" * 400 + "1" + ")" * 400, "1," * 500, "\\frac" * 200, "\\pm" * 300, "9" * 10**6,
     "2^" * 300 + "2", "\\sqrt{" * 300, "1e999999999", "=" * 999, "\\begin{pmatrix}" * 60, "|" * 99,
-    "-" * 999, "5" + "!" * 500, "\\text{" * 100, "0.\\overline{" + "3" * 900 + "}", "\x00", "\ud800",
+    "-" * 999, "5" + "!" * 500, "\\text{" * 100, "0.\\overline{" + "3" * 900 + "}", "\x00",
 ])
 def test_no_answer_is_too_large_to_compare(text):
     assert not equal(text, "7") and not equal("7", text) and canonical(text) == canonical(text)
@@ -286,8 +286,8 @@ def test_a_program_whose_worker_is_killed_from_outside_gets_another():
     thread = threading.Thread(target=lambda: found.extend(score_batch([count], ["5000000"], 600.0)))
     thread.start()
     time.sleep(0.3)
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,pcpu,args"], capture_output=True, text=True).stdout
-    rows = [line.split() for line in listed.splitlines()[1:]]
+    ps = subprocess.run(["ps", "-eo", "pid,ppid,pcpu,args"], capture_output=True, text=True)
+    rows = [line.split() for line in ps.stdout.splitlines()[1:]]
     mine = [row for row in rows if row[1] == str(os.getpid()) and "monty" in row[3]]
     os.kill(int(max(mine, key=lambda row: float(row[2]))[0]), signal.SIGKILL)  # the busiest
     thread.join()
