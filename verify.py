@@ -96,7 +96,7 @@ def prose_answer(text: str) -> tuple[str | None, str]:
     boxed = boxes(re.sub(r"(\\boxed|\\fbox)\s+(\d+)", r"\1{\2}", text))
     if len(set(map(canonical, boxed[:100]))) > 2:  # which is fishing
         return None, "blocked"
-    stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)]
+    stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)[-1:]]
     return (stated[-1] if stated else None), ""
 
 
@@ -194,7 +194,7 @@ SPELLINGS = r"""
 &|,? *\b(?:and|or)\b|; -> ,␣  # lists
 (?:\^ *\{? *)?° *\}?(?: *[“{]? *[CF]\b *[”}]?)? -> °  # 20^\circ\text{ C}
 ^( *-?) *“? *(?:US|USD|EUR|GBP|INR|Rs\.?) *”? *(?=-?\d) -> \1  # US\$5
-(?<=[\w)}\]⦄°!.])(?:[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[,;)\]}⦄=<>])) -> ␣
+(?<=[\w)}\]⦄°!.])(?>[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[,;)\]}⦄=<>])) -> ␣
 (?i:^[ “]*(?:the )?(?:final )?ans(?:wer)?\b(?: is)?:?[ ”]*) ->  # the answer is 5
 ^ *(“[^”]*”|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=  # Area: 5
 [“”] -> ␣
@@ -217,7 +217,7 @@ def clean(text: str) -> str:
     """A text without what changes no meaning: fonts, spacing, currency, units, spellings."""
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
     text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-    text = text.translate(CHARACTERS)
+    text = " ".join(text.translate(CHARACTERS).split())
     text = re.sub(r"\\(?:[A-Za-z]+|[{}])|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
     for found, new in SPELLINGS:
