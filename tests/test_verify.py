@@ -205,7 +205,7 @@ def test_honest_completions_of_many_styles_score_one(group, name):
 
 def test_hostile_completions_score_zero_leave_nothing_and_spare_the_next_program():
     texts = [text for hostile in HOSTILE.values() for text in (hostile, GOOD)]
-    scores = score_batch(texts, ["42", "7"] * len(HOSTILE))
+    scores = score_batch(texts, ["42", "7"] * len(HOSTILE), time_limit=3.0)
     assert [n for n, s in zip(HOSTILE, scores[::2]) if s.reward or not s.failure] == []
     assert [n for n, s in zip(HOSTILE, scores[1::2]) if s.reward != 1] == []
     folders = [Path(name) for name in (".", "/tmp", "/dev/shm") if Path(name).is_dir()]
@@ -226,25 +226,25 @@ def test_a_program_leaves_nothing_behind_for_the_next(name):
     ("result = open('/etc/passwd').read()", "blocked"), ("result = eval('7')", "error"),
 ])
 def test_a_failure_has_its_name(body, failure):
-    scores = score_batch([GOOD, CODE.format(body), GOOD], ["7"] * 3)
+    scores = score_batch([GOOD, CODE.format(body), GOOD], ["7"] * 3, time_limit=2.0)
     assert [s.failure for s in scores] == [None, failure, None]
 
 
 def test_scores_are_right_from_a_thread_while_loops_run_elsewhere():
     """An alarm signal works on the main thread only; scoring elsewhere was silently 0 in verl."""
     found, texts = [], [GOOD, *[LOOP] * 9]
-    thread = threading.Thread(target=lambda: found.extend(score_batch(texts, ["7"] * 10)))
+    thread = threading.Thread(target=lambda: found.extend(score_batch(texts, ["7"] * 10, 3.0)))
     thread.start()
     while thread.is_alive():
-        assert score(GOOD, "7").reward == 1
+        assert score_batch([GOOD], ["7"], 60.0)[0].reward == 1
     assert [s.failure for s in found] == [None, *["timeout"] * 9]
 
 
 def test_a_forked_child_is_told_to_be_spawned_and_a_spawned_one_scores():
     assert score(GOOD, "7").reward == 1
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        scores = pool.starmap(score, [(GOOD, "7"), (LOOP, "7")])
-    assert [s.failure for s in scores] == [None, "timeout"]
+        scores = pool.starmap(score_batch, [([GOOD], ["7"], 60.0), ([LOOP], ["7"])])
+    assert [s.failure for (s,) in scores] == [None, "timeout"]
     with pytest.raises(RuntimeError, match="use spawn"):
         verify.interpreters(-1)  # as under another process id
 
