@@ -84,9 +84,9 @@ ANOTHER_PROBLEM = re.compile(
 
 def first_problem(completion: str) -> str:
     """A completion up to the problem that some models make up and solve behind their answer."""
-    answered = BOX.search(completion) or STATED.search(completion)
     if "<llm-code>" not in completion and DEFINITION.search(completion):
-        answered = None  # split_format finds the end of a program
+        return completion  # split_format finds the end of a program
+    answered = BOX.search(completion) or STATED.search(completion)
     another = answered and ANOTHER_PROBLEM.search(completion, answered.end())
     return completion[: another.start()] if another else completion
 
@@ -110,6 +110,7 @@ def interpreters(pid: int) -> tuple:
         raise ImportError("programs need pydantic-monty: pip install -r requirements.txt") from None
     if interpreters.cache_info().currsize:  # the threads that talk to them are not in a fork's copy
         raise RuntimeError("a forked process cannot run programs if its parent has: use spawn")
+    sys.modules.setdefault("opentelemetry", None)  # else each program looks for it on the disk
     pool = pydantic_monty.Monty(max_processes=WORKERS).__enter__()
     atexit.register(lambda: os.getpid() == pid and pool.__exit__(None, None, None))
     return pydantic_monty, pool
@@ -528,16 +529,15 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
     """The objects of a .jsonl file, one a line, or of a .json array, also .gz, each with its number
     from 1; in place of what is no object, a sentence. Raises ValueError if nothing can be read.
     """
-    reason = "it is empty"
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
             text = stream.read().decode("utf-8-sig", errors="replace").rstrip()
         array = text.lstrip()[:1] == "[" and ".jsonl" not in str(file)
         lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
-    except Exception as error:  # of the file, its compression or its JSON
-        text, reason = "", getattr(error, "strerror", None) or error
+    except Exception as e:  # of the file, its compression or its JSON
+        raise ValueError(f"{file} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not text:
-        raise ValueError(f"{file} cannot be read: {reason}")
+        raise ValueError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line or "null")
