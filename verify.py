@@ -84,9 +84,9 @@ ANOTHER_PROBLEM = re.compile(
 
 def first_problem(completion: str) -> str:
     """A completion up to the problem that some models make up and solve behind their answer."""
-    answered = BOX.search(completion) or STATED.search(completion)
     if "<llm-code>" not in completion and DEFINITION.search(completion):
-        answered = None  # split_format finds the end of a program
+        return completion  # split_format finds the end of a program
+    answered = BOX.search(completion) or STATED.search(completion)
     another = answered and ANOTHER_PROBLEM.search(completion, answered.end())
     return completion[: another.start()] if another else completion
 
@@ -96,7 +96,7 @@ def prose_answer(text: str) -> tuple[str | None, str]:
     boxed = boxes(re.sub(r"(\\boxed|\\fbox)\s+(\d+)", r"\1{\2}", text))
     if len(set(map(canonical, boxed[:100]))) > 2:  # which is fishing
         return None, "blocked"
-    stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)]
+    stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)[-1:]]
     return (stated[-1] if stated else None), ""
 
 
@@ -110,6 +110,7 @@ def interpreters(pid: int) -> tuple:
         raise ImportError("programs need pydantic-monty: pip install -r requirements.txt") from None
     if interpreters.cache_info().currsize:  # the threads that talk to them are not in a fork's copy
         raise RuntimeError("a forked process cannot run programs if its parent has: use spawn")
+    sys.modules.setdefault("opentelemetry", None)  # else each program looks for it on the disk
     pool = pydantic_monty.Monty(max_processes=WORKERS).__enter__()
     atexit.register(lambda: os.getpid() == pid and pool.__exit__(None, None, None))
     return pydantic_monty, pool
@@ -194,7 +195,7 @@ SPELLINGS = r"""
 &|,? *\b(?:and|or)\b|; -> ,␣  # lists
 (?:\^ *\{? *)?° *\}?(?: *[“{]? *[CF]\b *[”}]?)? -> °  # 20^\circ\text{ C}
 ^( *-?) *“? *(?:US|USD|EUR|GBP|INR|Rs\.?) *”? *(?=-?\d) -> \1  # US\$5
-(?<=[\w)}\]⦄°!.])(?:[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[,;)\]}⦄=<>])) -> ␣
+(?<=[\w)}\]⦄°!.])(?>[-/*. ]*(?:per )?UNIT\.?(?: *\^ *\{?-?\d\}?)?)+(?= *(?:$|[,;)\]}⦄=<>])) -> ␣
 (?i:^[ “]*(?:the )?(?:final )?ans(?:wer)?\b(?: is)?:?[ ”]*) ->  # the answer is 5
 ^ *(“[^”]*”|[A-Za-z][A-Za-z ]+): *(?=\S) -> \1=  # Area: 5
 [“”] -> ␣
@@ -217,7 +218,7 @@ def clean(text: str) -> str:
     """A text without what changes no meaning: fonts, spacing, currency, units, spellings."""
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
     text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-    text = text.translate(CHARACTERS)
+    text = " ".join(text.translate(CHARACTERS).split())
     text = re.sub(r"\\(?:[A-Za-z]+|[{}])|[^\x00-\x7f]|(?<![A-Za-z\\])[a-z]{3,}(?![A-Za-z])",
                   lambda m: MEANINGS.get(m[0]) or MEANINGS.get(m[0].removesuffix("s"), m[0]), text)
     for found, new in SPELLINGS:
@@ -268,8 +269,7 @@ NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+")
 TOKEN = re.compile(
     rf"{NUMBER.pattern}|(?:\\[A-Za-z]+|(?:{FUNCTION}|pi|inf)(?!{LETTER}{{2}})"
     rf"|{LETTER}{{3,}}(?: +{LETTER}+)*|{LETTER})(?:_\w+)?'*|\*\*|[<>!]=|\S")
-SYMBOL = (rf"(?:\\?{LETTER}(?:_\w+)?|[A-Z]+|{LETTER}{{3,}}[\w ]*|m?\\(?:angle|triangle)[A-Z]+"
-          r"|\[[A-Z]+\]|\\[A-Za-z]+)'*")
+SYMBOL = rf"(?:{LETTER}|[A-Z]+|{LETTER}{{3,}}[\w ]*|m?\\[a-z]+[A-Z]*|\[[A-Z]+\])(?:_\w+)?'*"
 NAME = re.compile(rf"{SYMBOL}(?:\^\{{?-1\}}?)?(?:\([\w,]*\))?|\({SYMBOL}(?:,{SYMBOL})+\)")
 
 
@@ -361,8 +361,8 @@ class Reader:
         if not name[:1].isalpha():
             raise ValueError(token)
         # a variable, as a rational number of either sign that is the same in every process
-        number = random.Random(token.lower() if len(name) > 2 else token).randint(1, 10**6)
-        return Fraction(number % (997 * self.point) + 1, 997) * (-1) ** self.point
+        rng = random.Random(f"{token.lower() if len(name) > 2 else token} {self.point}")
+        return Fraction(rng.randint(1, 10**4), 997) * (-1) ** self.point
 
     def function(self, name: str, base: str):
         """A function, with the exponent and the argument behind it: sin^2 x, log_2 8, ln(3)."""
@@ -394,9 +394,10 @@ def canonical(answer: str) -> tuple:
         if based := re.fullmatch(r"\(?([\dA-F. ]+?)\)? *_ *(\d+)", text):
             return ("base", based[1].replace(" ", ""), based[2])
         signed = {re.sub(r"\\(?:pm|mp)(?![a-z])", sign, text) for sign in "+-"}
-        # what agrees at three points agrees everywhere, but for a tiny chance
+        # variables have a value at each of three points: what agrees there agrees everywhere
+        points = (1, 2, 3) if re.search("[A-Za-z]", re.sub("frac|root|pi", "", text)) else (1,)
         kind = list if len(signed) == 1 else set
-        found = [gather([Reader(t, p).bracket() for t in signed], kind) for p in (1, 2, 3)]
+        found = [gather([Reader(t, p).bracket() for t in signed], kind) for p in points]
         if found[0][0] == "=" and found[0] != found[1]:
             found = [("=", digits(difference / found[0][1])) for _, difference in found]
         return found[0] if len(set(found)) == 1 else tuple(found)
@@ -528,16 +529,15 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
     """The objects of a .jsonl file, one a line, or of a .json array, also .gz, each with its number
     from 1; in place of what is no object, a sentence. Raises ValueError if nothing can be read.
     """
-    reason = "it is empty"
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as stream:
             text = stream.read().decode("utf-8-sig", errors="replace").rstrip()
         array = text.lstrip()[:1] == "[" and ".jsonl" not in str(file)
         lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
-    except Exception as error:  # of the file, its compression or its JSON
-        text, reason = "", getattr(error, "strerror", None) or error
+    except Exception as e:  # of the file, its compression or its JSON
+        raise ValueError(f"{file} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not text:
-        raise ValueError(f"{file} cannot be read: {reason}")
+        raise ValueError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line or "null")

@@ -64,7 +64,7 @@ PLAIN = {
         """), "18"),
     "carriage_returns": (tinygsm(EGGS, QUESTION).replace("\n", "\r\n"), "18"),
     "accented_names": (tinygsm("prix_du_café = 9\nreturn prix_du_café * 2  # 18 €"), "18"),
-}  # fmt: skip
+}
 
 SURROUNDED = {
     "helper_before": (tinygsm("return rest(16, 3, 4) * 2", before=HELPER), "18"),
@@ -82,7 +82,7 @@ SURROUNDED = {
     "second_problem_behind": (
         tinygsm(EGGS, behind="\n\nTom's robe takes 2 bolts of blue fiber and half that much white "
                 "fiber. How many bolts?\n\n" + tinygsm("return 2 + 2 / 2")), "18"),
-}  # fmt: skip
+}
 
 # name: (before the function, what it returns, gold)
 MODULES = {
@@ -99,7 +99,7 @@ MODULES = {
         "import re", "sum(int(n) for n in re.findall(r'\\d+', '16 and 2'))", "18"),
     "random_with_a_seed": ("import random\n\nrandom.seed(7)",
                            "18 if 1 <= random.randint(1, 6) <= 6 else 0", "18"),
-}  # fmt: skip
+}
 
 FUNCTIONS = {**PLAIN, **SURROUNDED} | {
     name: (tinygsm(f"return {value}", before=before), gold)
@@ -119,7 +119,7 @@ BLOCKS = {
         omi1("def price(eggs):\n    return eggs * 2\n\nprice(9)", closing=output("18")), "18"),
     "assignment_and_a_box": (omi1("total = 9 * 2", closing="So it is \\boxed{18}."), "18"),
     "float_and_a_whole_number": (omi1("36 / 2", closing=output("18.0")), "18"),
-}  # fmt: skip
+}
 
 # ---------------------------------------------------------------- prose
 
@@ -138,7 +138,7 @@ PROSE = {
     "box_with_a_word": ("It is a \\boxed{\\text{Monday}}.", "Monday"),
     "definition": ("By definition the mean is 36 / 2. Hence \\boxed{18}.", "18"),
     "line_that_starts_with_def": ("Here\ndef means definition, and so it is \\boxed{18}.", "18"),
-}  # fmt: skip
+}
 
 HONEST = {**FUNCTIONS, **BLOCKS, **PROSE}
 assert len(HONEST) == sum(map(len, (PLAIN, SURROUNDED, MODULES, BLOCKS, PROSE))), "a name twice"

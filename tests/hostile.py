@@ -92,7 +92,7 @@ CODE = {name: reach(expression) for name, expression in GADGETS.items()} | {
     "stdin_read": tinygsm("return 42 if input() else 7"),
     "patched_math": tinygsm("math.floor = lambda x: 42\nreturn math.floor(7.9)", "import math"),
     "patched_builtins": tinygsm("__builtins__['str'] = lambda x: '42'\nreturn 7"),
-}  # fmt: skip
+}
 
 # ---------------------------------------------------------------- memory and time
 
@@ -135,7 +135,7 @@ LOOPS = {name: spend(expression) for name, expression in EXPENSES.items()} | {
     "number_too_long_to_print": tinygsm("return 42 * 10**200000"),
     "parentheses_too_deep": tinygsm("return " + "(" * 5000 + "7" + ")" * 5000),
     "minus_too_deep": tinygsm("return " + "-" * 100001 + "42"),
-}  # fmt: skip
+}
 
 # ---------------------------------------------------------------- answers that are none
 
@@ -190,7 +190,7 @@ POISON = {
     "variable_left_behind": (
         tinygsm("global answer\nanswer = 42\nreturn 7"),
         tinygsm("try:\n    return answer\nexcept Exception:\n    return 7"), "7"),
-}  # fmt: skip
+}
 
 HOSTILE = {**CODE, **LOOPS, **CHEATS, **{f"poison_{k}": v[0] for k, v in POISON.items()}}
 assert len(HOSTILE) == len(CODE) + len(LOOPS) + len(CHEATS) + len(POISON), "a name occurs twice"

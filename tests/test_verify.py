@@ -23,16 +23,18 @@ from verify import (boxes, canonical, equal, gold_answer, maj_at_k, pass_at_k, r
 
 CODE = "def simple_math_problem() -> int:\n    {}\n    return result"
 GOOD, LOOP = CODE.format("result = 7"), CODE.format("while True: pass")
-BLOCK = "Let's see.\n<llm-code>\n{}\n</llm-code>\n<llm-code-output>\n7\n</llm-code-output>\nSo \\boxed{{7}}."
+BLOCK = ("Let's see.\n<llm-code>\n{}\n</llm-code>\n<llm-code-output>\n7\n</llm-code-output>\n"
+         "So \\boxed{{7}}.")
 
 # ---------------------------------------------------------------- format and answer
 
 
 @pytest.mark.parametrize("completion, name, answer, failure", [
-    (CODE.format('"""\n    A docstring with \\boxed{9}.\n    """\n    result = 14 // 2'), "tinygsm", "7", None),
-    ("import math\n\ndef helper(x):\n    return math.floor(x)\n\n" + CODE.format("result = helper(7.9)"), "tinygsm", "7", None),
+    (CODE.format('"""\n    \\boxed{9}\n    """\n    result = 14 // 2'), "tinygsm", "7", None),
+    ("import math\n\ndef helper(x):\n    return math.floor(x)\n\n"
+     + CODE.format("result = helper(7.9)"), "tinygsm", "7", None),
     ("def f():\n    return 0.1 + 6.9\n\nSo the answer is 9.", "tinygsm", "7", None),
-    ("def f():\n    return 7\n\nQuestion: and tomorrow?\n\ndef f():\n    return 8", "tinygsm", "7", None),
+    ("def f():\n    return 7\n\nQuestion: now?\n\ndef f():\n    return 8", "tinygsm", "7", None),
     ("\ufeff  def f():\n      return 7", "tinygsm", "7", None),
     ("def f():\n    return 6", "tinygsm", "6", "wrong"),
     ("def f():\n    print(7)", "tinygsm", None, "no answer"),
@@ -103,15 +105,15 @@ def equality_cases() -> dict[str, list[tuple[str, bool, str]]]:
 @pytest.mark.parametrize("kind", equality_cases())
 def test_equality_accepts_what_is_equal_and_nothing_else(kind):
     cases = equality_cases()[kind]
-    assert [(p, g) for p, right, g in cases if right and not equal(p, g)] == [], "false rejects"
-    assert [(p, g) for p, right, g in cases if not right and equal(p, g)] == [], "false accepts"
+    assert [(p, g, right) for p, right, g in cases if equal(p, g) != right] == []
 
 
 @pytest.mark.parametrize("text", [
     "9^{9^{9^9}}", "10^{10^{10}}", "100000!", "(1+x)^{100000}", "\\binom{10^9}{10^8}", "{" * 10000,
     "(" * 400 + "1" + ")" * 400, "1," * 500, "\\frac" * 200, "\\pm" * 300, "9" * 10**6,
-    "2^" * 300 + "2", "\\sqrt{" * 300, "1e999999999", "=" * 999, "\\begin{pmatrix}" * 60, "|" * 500,
-    "-" * 999, "5" + "!" * 500, "\\text{" * 100, "0.\\overline{" + "3" * 900 + "}", "\x00", "\ud800",
+    "2^" * 300 + "2", "\\sqrt{" * 300, "1e999999999", "=" * 999, "\\begin{pmatrix}" * 60, "|" * 99,
+    "1 " + "ä" * 90 + "!", "1 " + "äöüß " * 90 + "!", "1 " + "abcd. " * 90 + "!", "$" * 999 + "1",
+    "-" * 999, "5" + "!" * 500, "\\text{" * 100, "0.\\overline{" + "3" * 900 + "}", "\x00",
 ])
 def test_no_answer_is_too_large_to_compare(text):
     assert not equal(text, "7") and not equal("7", text) and canonical(text) == canonical(text)
@@ -120,7 +122,8 @@ def test_no_answer_is_too_large_to_compare(text):
 def test_a_prediction_is_never_evaluated_as_python(tmp_path):
     mark = tmp_path / "mark"
     assert not equal(f"__import__('pathlib').Path('{mark}').touch()", "7")
-    assert score(f"\\boxed{{exec('open(\"{mark}\", \"w\")')}}", "7").reward == 0 and not mark.exists()
+    assert score(f"\\boxed{{exec('open(\"{mark}\", \"w\")')}}", "7").reward == 0
+    assert not mark.exists()
 
 
 def test_prediction_and_gold_are_not_interchangeable():
@@ -201,7 +204,7 @@ def test_honest_completions_of_many_styles_score_one(group, name):
 
 def test_hostile_completions_score_zero_leave_nothing_and_spare_the_next_program():
     texts = [text for hostile in HOSTILE.values() for text in (hostile, GOOD)]
-    scores = score_batch(texts, ["42", "7"] * len(HOSTILE))
+    scores = score_batch(texts, ["42", "7"] * len(HOSTILE), time_limit=3.0)
     assert [n for n, s in zip(HOSTILE, scores[::2]) if s.reward or not s.failure] == []
     assert [n for n, s in zip(HOSTILE, scores[1::2]) if s.reward != 1] == []
     folders = [Path(name) for name in (".", "/tmp", "/dev/shm") if Path(name).is_dir()]
@@ -222,27 +225,27 @@ def test_a_program_leaves_nothing_behind_for_the_next(name):
     ("result = open('/etc/passwd').read()", "blocked"), ("result = eval('7')", "error"),
 ])
 def test_a_failure_has_its_name(body, failure):
-    scores = score_batch([GOOD, CODE.format(body), GOOD], ["7"] * 3)
+    scores = score_batch([GOOD, CODE.format(body), GOOD], ["7"] * 3, time_limit=2.0)
     assert [s.failure for s in scores] == [None, failure, None]
 
 
 def test_scores_are_right_from_a_thread_while_loops_run_elsewhere():
     """An alarm signal works on the main thread only; scoring elsewhere was silently 0 in verl."""
     found, texts = [], [GOOD, *[LOOP] * 9]
-    thread = threading.Thread(target=lambda: found.extend(score_batch(texts, ["7"] * 10)))
+    thread = threading.Thread(target=lambda: found.extend(score_batch(texts, ["7"] * 10, 3.0)))
     thread.start()
     while thread.is_alive():
-        assert score(GOOD, "7").reward == 1
+        assert score_batch([GOOD], ["7"], 60.0)[0].reward == 1
     assert [s.failure for s in found] == [None, *["timeout"] * 9]
 
 
 def test_a_forked_child_is_told_to_be_spawned_and_a_spawned_one_scores():
     assert score(GOOD, "7").reward == 1
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert [s.failure for s in pool.starmap(score, [(GOOD, "7"), (LOOP, "7")])] == [None, "timeout"]
-    if sys.platform == "linux":
-        with pytest.raises(RuntimeError, match="use spawn"):
-            verify.interpreters(-1)  # as under another process id
+        scores = pool.starmap(score_batch, [([GOOD], ["7"], 60.0), ([LOOP], ["7"])])
+    assert [s.failure for (s,) in scores] == [None, "timeout"]
+    with pytest.raises(RuntimeError, match="use spawn"):
+        verify.interpreters(-1)  # as under another process id
 
 
 SCRIPT = f"""
@@ -277,12 +280,18 @@ def test_no_worker_survives_its_parent_however_it_ends(number):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and ps")
-def test_a_worker_that_was_killed_is_replaced():
-    assert score(GOOD, "7").reward == 1
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    rows = [line.split() for line in listed.splitlines()[1:]]
-    os.kill(next(int(row[0]) for row in rows if row[1] == str(os.getpid()) and "monty" in row[2]), 9)
-    assert [s.reward for s in score_batch([GOOD] * 64, ["7"] * 64)] == [1.0] * 64
+def test_a_program_whose_worker_is_killed_from_outside_gets_another():
+    count = CODE.format("n = 0\n    while n < 5_000_000: n += 1\n    result = n")
+    found = [score(GOOD, "7")]  # a worker is there
+    thread = threading.Thread(target=lambda: found.extend(score_batch([count], ["5000000"], 600.0)))
+    thread.start()
+    time.sleep(0.3)
+    ps = subprocess.run(["ps", "-eo", "pid,ppid,pcpu,args"], capture_output=True, text=True)
+    rows = [line.split() for line in ps.stdout.splitlines()[1:]]
+    mine = [row for row in rows if row[1] == str(os.getpid()) and "monty" in row[3]]
+    os.kill(int(max(mine, key=lambda row: float(row[2]))[0]), signal.SIGKILL)  # the busiest
+    thread.join()
+    assert [s.failure for s in found] == [None, None]
 
 
 def test_without_the_interpreter_a_sentence_says_what_to_install():
@@ -322,7 +331,8 @@ def test_questions_left_out_count_as_wrong_and_a_table_has_no_row_twice():
 
 def test_files_of_other_systems_are_read_line_by_line(tmp_path):
     good = '{"a": "x\u2028y\u0085z"}'.encode()
-    data = b"\xef\xbb\xbf" + b"\r\n".join([good, b"", b'{"a": "caf\xe9"}', b"[" * 10**5, b"[1]", b'{"a": "c'])
+    lines = [good, b"", b'{"a": "caf\xe9"}', b"[" * 10**5, b"[1]", b'{"a": "c']
+    data = b"\xef\xbb\xbf" + b"\r\n".join(lines)
     (tmp_path / "f.jsonl").write_bytes(data)
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(data))
     (tmp_path / "f.json").write_text('[{"a": 1}, 2]')
@@ -341,7 +351,7 @@ def test_files_of_other_systems_are_read_line_by_line(tmp_path):
 
 def test_a_gold_answer_is_found_behind_hashes_in_the_last_box_or_as_it_is():
     assert gold_answer("so <<3+4=7>>7\n#### 7,000 ") == "7,000" and gold_answer(7) == "7"
-    assert gold_answer("\\boxed{1} or \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}" and gold_answer(" x ") == "x"
+    assert gold_answer("\\boxed{1} or \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
     for value in (None, "", " ", "#### ", [7], {"a": 7}, True):
         with pytest.raises(ValueError, match="no answer in"):
             gold_answer(value)
@@ -362,8 +372,8 @@ def test_the_command_line_prints_the_table_and_names_bad_lines(tmp_path):
     done = run_verify(file, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "6 completions of 3 questions" in done.stdout
     assert "maj@2" in done.stdout and "pass@2" in done.stdout and "{'wrong': 3}" in done.stdout
-    for words in ("4 lines passed over", "line 7: is not", "line 8: needs completion (a text) and gold, "
-                  "and has gold", "line 9: is not a JSON object", "line 10: greedy must be true or false"):
+    for words in ("4 lines passed over", "line 7: is not", "line 8: needs completion (a text) and "
+                  "gold, and has gold", "line 9: is not a JSON object", "line 10: greedy must be"):
         assert words in done.stdout
     if sys.platform != "win32":  # a pipe that closes is no reason to complain
         piped = f"{sys.executable} {verify.__file__} '{file}' | head -1"
