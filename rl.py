@@ -9,6 +9,7 @@ the whole rollout (ids are small), so that no statistic depends on their number.
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import time
@@ -107,10 +108,9 @@ def check(cfg: Config) -> None:
     if on_policy and cfg.minibatch_size % cfg.group_size:
         raise UserError(f"--minibatch_size={cfg.minibatch_size} would tear groups apart: use a "
                         f"multiple of --group_size={cfg.group_size}")
-    try:
-        import matplotlib  # noqa: F401  for echo.png: better missed now than later
-    except ImportError:
-        raise UserError("echo.png needs matplotlib: pip install -r requirements.txt") from None
+    for package in ("matplotlib", "pydantic_monty"):  # better missed now than later
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is missing: pip install -r requirements.txt")
 
 
 # ---------------------------------------------------------------- the algorithms

@@ -123,7 +123,8 @@ def fitting(name: str, questions: list[Question], encoding, context: int, room: 
 
     Rank 0 says how many do not. Raises UserError where none does.
     """
-    pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
+    start = encoding.eot_token  # as every document of pretraining begins, behind another's end
+    pairs = [(q, [start, *encoding.encode_ordinary(q.question + "\n\n")]) for q in questions]
     pairs = [(q, ids) for q, ids in pairs if len(ids) + room <= context]
     if questions and not pairs:
         raise UserError(f"no {name} question fits: a context of {context} tokens less "
