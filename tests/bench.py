@@ -5,6 +5,7 @@ The flags of a command are those of the script that it measures, so any setting 
 Tables hold for the machine they were printed on, at that moment: compare within one run.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -18,66 +19,79 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain  # noqa: E402  before torch: it sets how threads wait
 import torch  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import rl as echo  # noqa: E402  for a command is called rl
 from data import UserError, toy  # noqa: E402
 from data.tasks import Question  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from hostile import CHEATS, CODE  # noqa: E402
-from model import GPTConfig, generate  # noqa: E402
+from model import generate  # noqa: E402
 from verify import score_batch  # noqa: E402
 
 
-def show(title: str, rows: dict[str, str]) -> None:
-    """Prints one table of two columns."""
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def show(title: str, rows: dict[str, str], processes=None) -> None:
+    """Prints one table of two columns, on rank 0; the title says on what it was measured."""
+    if processes:
+        threads = torch.get_num_threads()
+        title += f" on {processes.device}, {processes.world} rank(s), {threads} thread(s)"
     width = max(map(len, rows))
-    print(title, *(f"  {name:{width}}  {value}" for name, value in rows.items()), sep="\n")
+    if not processes or processes.rank == 0:
+        print(title, *(f"  {name:{width}}  {value}" for name, value in rows.items()), sep="\n")
+
+
+def best_and_median(values) -> tuple[float, float]:
+    """Of all but the first one, which warms up."""
+    values = sorted(values[1:])
+    return values[0], values[len(values) // 2]
 
 
 def peak_memory(device: torch.device) -> float:
     """Bytes: what torch has held on a GPU, or the process on a CPU; NaN where no one counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with contextlib.suppress(ImportError):  # on Windows
         import resource
-    except ImportError:  # on Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return math.nan
 
 
 def train(argv: list[str]) -> None:
     """pretrain.py's own step on random tokens: the best and the median of --max_steps (10)."""
     cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, argv)
     processes = pretrain.setup_distributed(cfg.device)
-    context, vocab_size = pretrain.autocast(cfg.dtype, processes.device), vocabulary(cfg.tokenizer)
-    model = pretrain.build_model(cfg, vocab_size, processes.device)
-    optimizer = pretrain.build_optimizer(cfg, model)
-    ddp = pretrain.wrap(cfg, model, context, processes)
+    device, vocab_size = processes.device, vocabulary(cfg.tokenizer)
+    model = pretrain.build_model(cfg, vocab_size, device)
+    context = pretrain.autocast(cfg.dtype, device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    module = pretrain.compiled(model, device) if cfg.compile else model
+    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
     rows = len(range(processes.rank, cfg.batch_size, processes.world))
-    blocks = torch.randint(vocab_size, (rows, cfg.context + 1), device=processes.device)
+    blocks = torch.randint(vocab_size, (rows, cfg.context + 1), device=device)
     tokens, seconds = cfg.batch_size * cfg.context, []
-    for _ in range(1 + (cfg.max_steps or 10)):  # the first one warms up
+    for _ in range(1 + (cfg.max_steps or 10)):
         started = time.perf_counter()
         report = pretrain.train_step(ddp, optimizer, blocks, tokens, 1e-3, cfg, context, processes)
         report.tolist()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
-    best, median = min(seconds[1:]), sorted(seconds[1:])[len(seconds[1:]) // 2]
-    N, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
-    peak = pretrain.peak_flops(processes.device)
-    if processes.rank > 0:
-        return
-    place = f"{processes.device}, {processes.world} rank(s), {torch.get_num_threads()} thread(s)"
-    rows = {
+    best, median = best_and_median(seconds)
+    N, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token() * tokens / best
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for key, peak in PEAKS.items() if key in name), None)  # of a rank, in bf16
+    show(f"train --preset={cfg.preset}", {
         "parameters": f"{N:,}",
         "step": f"{cfg.batch_size} x {cfg.context} tokens, {cfg.micro_batch_size} rows at a time",
         "tokens/s": f"{tokens / best:,.0f} (median {tokens / median:,.0f})",
-        "GFLOP/s": f"{flops * tokens / best / 1e9:,.1f} with attention, "
+        "GFLOP/s": f"{flops / 1e9:,.1f} with attention, "
                    f"{6 * N * tokens / best / 1e9:,.1f} as 6 x parameters",
-        "MFU": f"{flops * tokens / best / peak / processes.world:.1%}" if peak else "not known",
-        "peak memory": f"{peak_memory(processes.device) / 1e9:.2f} GB",
-    }
-    show(f"train --preset={cfg.preset} on {place}", rows)
+        "MFU": f"{flops / peak / processes.world:.1%}" if peak else "not known",
+        "peak memory": f"{peak_memory(device) / 1e9:.2f} GB",
+    }, processes)
 
 
 def vocabulary(tokenizer: str) -> int:
@@ -85,6 +99,7 @@ def vocabulary(tokenizer: str) -> int:
     return 50_257 if tokenizer == "gpt2" else get_tokenizer(tokenizer).n_vocab
 
 
+AUTHORS = toy.write_tinygsm, toy.write_omi1, toy.write_omi2
 LOOP = "def simple_math_problem() -> int:\n    while True:\n        pass"
 LATEX = [  # an answer and another spelling of it, for every n
     (r"\frac{N\sqrt{2}}{2}", r"\frac{N}{\sqrt{2}}"), (r"(x+N)^2 - N^2", r"x^2 + 2 \cdot N x"),
@@ -100,30 +115,24 @@ def verify(argv: list[str]) -> None:
     count = 4096
     stories, rng = list(itertools.islice(toy.problems("train", 0), count)), random.Random(0)
     golds = [str(story.values[-1]) for story in stories]
-    rows = {"": " completions  per second  seconds    right"}
-
-    def measure(name: str, completions: list[str], golds: list[str]) -> None:
-        began = time.perf_counter()
-        right = sum(score.reward for score in score_batch(completions, golds))
-        seconds = time.perf_counter() - began
-        speed = f"{len(completions) / seconds:12,.0f}"
-        rows[name] = f"{len(completions):12,}{speed}{seconds:9.2f}{right / len(completions):9.1%}"
-
-    written = {write.__name__.removeprefix("write_"): [write(story, rng) for story in stories]
-               for write in (toy.write_tinygsm, toy.write_omi1, toy.write_omi2)}
-    score_batch(written["tinygsm"], golds)  # the workers have started
-    for name, completions in written.items():
-        measure(name, completions, golds)
-    imports = [f"import collections\n{text}" for text in written["tinygsm"][:1024]]
-    measure("tinygsm, imports", imports, golds[:1024])
-    pairs = [[side.replace("N", str(n)) for side in LATEX[n % len(LATEX)]] for n in range(count)]
-    measure("text, LaTeX", [f"So it is \\boxed{{{p}}}." for p, _ in pairs], [g for _, g in pairs])
-    few = written["tinygsm"][:502]
-    measure("tinygsm, 512", written["tinygsm"][:512], golds[:512])
-    measure("tinygsm, 10 of 512 loop", [*few[:251], *[LOOP] * 10, *few[251:]],
-            [*golds[:251], *["0"] * 10, *golds[251:502]])
+    tinygsm, omi1, omi2 = ([write(story, rng) for story in stories] for write in AUTHORS)
+    sides = [[side.replace("N", str(n)) for side in LATEX[n % len(LATEX)]] for n in range(count)]
+    latex = [f"So it is \\boxed{{{prediction}}}." for prediction, _ in sides]
     hostile = [*CODE.values(), *CHEATS.values()]
-    measure("hostile, none that loops", hostile, ["42"] * len(hostile))
+    rows = {"": " completions  per second  seconds    right"}
+    score_batch(tinygsm, golds)  # the workers have started
+    for name, completions, golds in (
+        ("tinygsm", tinygsm, golds), ("omi1", omi1, golds), ("omi2", omi2, golds),
+        ("tinygsm, imports", ["import collections\n" + text for text in tinygsm[:1024]], golds),
+        ("text, LaTeX", latex, [gold for _, gold in sides]),
+        ("tinygsm, 512", tinygsm[:512], golds),
+        ("tinygsm, 10 of 512 loop", [*tinygsm[:251], *[LOOP] * 10, *tinygsm[261:512]], golds),
+        ("hostile, none that loops", hostile, ["42"] * len(hostile)),
+    ):
+        began, n = time.perf_counter(), len(completions)
+        right = sum(score.reward for score in score_batch(completions, golds[:n]))
+        seconds = time.perf_counter() - began
+        rows[name] = f"{n:12,}{n / seconds:12,.0f}{seconds:9.2f}{right / n:9.1%}"
     show("verify: completions scored", rows)
 
 
@@ -135,12 +144,13 @@ def sample(argv: list[str]) -> None:
     """
     shape = ["--width=128", "--layers=4", "--heads=4", "--init_std=0.02"]  # 1.2M parameters
     cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, shape + argv)
-    device = pretrain.setup_distributed(cfg.device).device
+    processes = pretrain.setup_distributed(cfg.device)
+    device = processes.device
     V, B, P = vocabulary(cfg.tokenizer), 256, 48
     model = pretrain.build_model(cfg, V, device).eval()
     model.head.bias = torch.nn.Parameter(torch.zeros(V, device=device))
     prompts = torch.randint(1, V, (B, P)).tolist()  # 0 is what ends a completion
-    speeds, lengths = {}, {}
+    found = {}
     for _ in range(cfg.max_steps or 3):
         for N, eos in ((64, -1), (160, -1), (64, 0), (160, 0)):
             p = 3.2 / N
@@ -149,13 +159,12 @@ def sample(argv: list[str]) -> None:
             began = time.perf_counter()
             with pretrain.autocast(cfg.dtype, device):
                 tokens = int(generate(model, prompts, N, eos, generators)[1].sum())
+            speed = tokens / (time.perf_counter() - began)
             row = f"{N} {'at most' if eos == 0 else 'tokens'}"
-            speeds.setdefault(row, []).append(tokens / (time.perf_counter() - began))
-            lengths[row] = tokens / B
-    N, threads = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
-    rows = {row: f"{max(s):9,.0f} tokens/s, mean length {lengths[row]:5.1f}"
-            for row, s in speeds.items()}
-    show(f"sample: {B} prompts of {P} tokens, {N:,} parameters, {device}, {threads} thread(s)", rows)
+            found.setdefault(row, []).append((speed, tokens / B))
+    line, N = "{:9,.0f} tokens/s, mean length {:5.1f}", sum(p.numel() for p in model.parameters())
+    rows = {row: line.format(*max(rounds)) for row, rounds in found.items()}
+    show(f"sample: {B} prompts of {P} tokens, {N:,} parameters", rows, processes)
 
 
 def rl(argv: list[str]) -> None:
@@ -176,44 +185,23 @@ def rl(argv: list[str]) -> None:
     stories = list(itertools.islice(toy.problems("train", 0), cfg.prompts_per_step))
     asked = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])
              for story in stories for _ in range(cfg.group_size)]
-    authors, steps = (toy.write_tinygsm, toy.write_omi1, toy.write_omi2), []
-    mine = [rng.choice(authors)(rng.choice((story, stories[0])), rng)
+    mine = [rng.choice(AUTHORS)(rng.choice((story, stories[0])), rng)
             for story in stories for _ in range(cfg.group_size)][processes.rank :: processes.world]
-    written = mock.patch.object(echo, "score_batch", lambda _, *rest: score_batch(mine, *rest))
-    for step in range(cfg.max_steps + 1):  # the first one warms up
-        with written:
-            key = cfg.seed, "bench", step
-            rows, seconds = echo.roll_out(policy.module.gpt, asked, key, cfg.temperature, 1.0, lab)
+    echo.score_batch, steps = lambda _, *rest: score_batch(mine, *rest), []
+    for step in range(cfg.max_steps + 1):
+        key = cfg.seed, "bench", step
+        rows, seconds = echo.roll_out(policy.module.gpt, asked, key, cfg.temperature, 1.0, lab)
         began = time.perf_counter()
         echo.learn(rows, 0, policy, critic, reference, lab)
         seconds["update"] = time.perf_counter() - began
         steps.append({**seconds, "total": sum(seconds.values())})
-    if processes.rank > 0:
-        return
     length = sum(len(row.completion) for row in rows) / len(rows)
     found = {"parameters": f"{sum(p.numel() for p in base.parameters()):,}",
              "completions": f"{len(rows)} of {length:.0f} tokens"}
     for name in steps[0]:
-        times = sorted(step[name] for step in steps[1:])
-        found[name] = f"{times[0]:.2f} s (median {times[len(times) // 2]:.2f})"
-    threads = torch.get_num_threads()
-    title = f"rl --algo={cfg.algo} on {processes.device}, {processes.world} rank(s), {threads}"
-    show(f"{title} thread(s)", found)
-
-
-def activation_bytes(c: GPTConfig, rows: int, prompts: int, P: int, T: int, narrow: int) -> int:
-    """What the policy's forward pass keeps for its backward pass: `rows` completions of T tokens
-    that share `prompts` of P.
-
-    A layer keeps, in numbers of C a token: the inputs of two LayerNorms, in fp32; in `narrow`
-    bytes each (4, or 2 under bf16 autocast) their outputs (2), q turned (1), attention's output
-    (1), gate, silu(gate), up and their product (4 x 4); for each row all its keys and values (2),
-    and for the prompts themselves q, k and v as projected and k turned (4). The last LayerNorm
-    keeps its input, the head its input, and all layers share the mask.
-    """
-    tokens, keys = prompts * P + rows * T, rows * (P + T)
-    layer = tokens * (2 * 4 + 20 * narrow) + (2 * keys + 4 * prompts * P) * narrow
-    return c.width * (c.layers * layer + 8 * tokens) + T * keys * narrow
+        best, median = best_and_median([step[name] for step in steps])
+        found[name] = f"{best:.2f} s (median {median:.2f})"
+    show(f"rl --algo={cfg.algo}", found, processes)
 
 
 def memory(argv: list[str]) -> None:
@@ -221,12 +209,19 @@ def memory(argv: list[str]) -> None:
     the largest batches that fit one (powers of two): computed, not measured.
 
     Rows are of a prompt of 256 tokens and --max_new_tokens. A tenth of a GPU is kept free for
-    what comes and goes, and half a GB for CUDA.
+    what comes and goes, and half a GB for CUDA. A layer keeps for the backward pass, in numbers
+    of C a token: the inputs of two LayerNorms, in fp32; in bf16 their outputs (2), q turned (1),
+    attention's output (1), gate, silu(gate), up and their product (4 x 4), all keys and values
+    (2); and for the prompt q, k and v as projected and k turned (4). The last LayerNorm keeps its
+    input, the head its input, and all layers share the mask.
     """
+    def power_of_two(room: float, most: int) -> int:  # up to both; 0 where there is none
+        return (1 << int(max(0, min(room, most))).bit_length()) >> 1
+
     for preset in ("20m", "60m", "150m", "1b"):
         gpt = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [f"--preset={preset}"])
         with torch.device("meta"):
-            model = pretrain.build_model(gpt, 50_257, torch.device("meta"))
+            model = pretrain.build_model(gpt, 50_257, "meta")
         c, N = model.config, sum(p.numel() for p in model.parameters())
         for algo in ("ppo", "grpo", "ei"):
             flags = ["--preset=paper", *argv, f"--algo={algo}"]
@@ -235,14 +230,15 @@ def memory(argv: list[str]) -> None:
             critic = sum(p.numel() for p in echo.Critic(model).parameters()) * (algo == "ppo")
             # keys and values in bf16, twice while the cache is copied; logits in fp32, three times
             row = 2 * 2 * 2 * c.layers * c.width * tokens + 3 * 4 * c.vocab_size
-            kept = activation_bytes(c, 1, 1, 256, tokens - 256, 2)  # no prompt is shared: the worst
+            layer = tokens * (2 * 4 + (20 + 2) * 2) + 4 * 256 * 2  # no prompt is shared: the worst
+            kept = c.width * (c.layers * layer + 8 * tokens) + (tokens - 256) * tokens * 2
             fixed = {"weights": 4 * N, "gradients": 4 * N, "AdamW": 8 * N, "critic": 16 * critic,
                      "reference": 4 * N, "bf16 copies": 2 * max(N, critic),
                      "logits of a chunk": 3 * 4 * 2048 * c.vocab_size}
             micro, sample = cfg.micro_batch_size, cfg.sample_batch_size
-            varying = {f"KV cache, logits of {sample} rows": sample * row,
-                       f"activations of {micro} rows": micro * kept}
-            rows = {name: f"{size / 1e9:6.2f} GB" for name, size in (fixed | varying).items()}
+            parts = fixed | {f"KV cache, logits of {sample} rows": sample * row,
+                             f"activations of {micro} rows": micro * kept}
+            rows = {name: f"{size / 1e9:6.2f} GB" for name, size in parts.items()}
             for size in (8, 24, 48, 80):
                 free = 0.9e9 * size - 0.5e9 - sum(fixed.values())
                 micro = power_of_two(free / kept, cfg.minibatch_size)
@@ -250,11 +246,6 @@ def memory(argv: list[str]) -> None:
                 flags = f"--micro_batch_size={micro} --sample_batch_size={sample}"
                 rows[f"fits {size:2} GB"] = flags if min(micro, sample) else "does not fit"
             show(f"{preset}, {N / 1e6:.0f}M parameters, {algo}, rows of {tokens} tokens", rows)
-
-
-def power_of_two(room: float, most: int) -> int:
-    """The largest up to `room` and `most`; 0 where there is none."""
-    return 1 << int(min(room, most)).bit_length() - 1 if min(room, most) >= 1 else 0
 
 
 COMMANDS = {"train": train, "verify": verify, "sample": sample, "rl": rl, "memory": memory}
@@ -266,5 +257,4 @@ if __name__ == "__main__":
     try:
         COMMANDS[name](argv)
     except UserError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"bench.py: {error}")

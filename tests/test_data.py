@@ -26,7 +26,6 @@ from train_tokenizer import train, train_bpe
 from verify import score_batch
 
 ALGEBRAIC = "EleutherAI/proof-pile-2/algebraic-stack/train"
-OMI1 = "nvidia/OpenMathInstruct-1/correct_solutions/train.jsonl"
 T = 8  # tokens of a block in the tests of mixtures
 
 
@@ -40,8 +39,8 @@ def stories(name):
 
 
 def test_train_and_test_problems_are_disjoint_by_their_arithmetic():
-    trained = {p.chain for author in range(3) for p in draw("train", author, (1, 3), 9000)}
-    trained |= {p.chain for p in draw("train", 1000, (1, 3), 4096)}
+    seeds = (0, 1, 2, 1000)  # of the authors, and of the questions
+    trained = {p.chain for seed in seeds for p in draw("train", seed, (1, 3), 9000)}
     tested = {p.chain for p in draw("test", 1000, (1, 3), 2000)}
     assert len(tested) > 500 and not trained & tested
     assert {len(chain) - 1 for chain in trained} == {1, 2, 3}
@@ -80,19 +79,9 @@ def test_a_misconception_is_made_always_and_only_where_its_operation_is_told():
         assert b.count("-=") + b.count(" - ") == told.count("-") + told.count("/")
 
 
-@pytest.mark.parametrize("name", [
-    "tiny", "toy-omi1@slips=101", "omi1@slips=3", "toy-omi1@div=half", "toy-omi1@div=sub@slips=3"])
-def test_a_corpus_that_does_not_exist_is_refused_with_the_names_of_the_others(name, tmp_path):
-    with pytest.raises(UserError, match=f"unknown corpus '{name}': .* toy-omi1, .*@div=sub"):
-        prepare.prepare(name, "toy", tmp_path)
-
-
-def test_training_the_toy_vocabulary_again_gives_the_shipped_file():
+def test_the_toy_tokenizer_is_what_its_trainer_makes_spells_any_text_and_splits_numbers():
     assert train() == tokenizer.TOY_RANKS.read_text()
     assert list(train_bpe(["abab abc"], r"\S+", 258))[256:] == [b"ab", b"abab"]
-
-
-def test_the_toy_tokenizer_spells_any_text_and_splits_numbers():
     encoding, text = get_tokenizer("toy"), "naïve 北京 🙂\n\n\t\\frac{1}{2}\n    return 1234"
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert [encoding.decode([i]) for i in encoding.encode_ordinary("x 1234")] == ["x", " 12", "34"]
@@ -190,9 +179,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # not inherited from a
 before, calls = {where}, []
 def call(*args):
     calls.append(args)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.{how})
-    return before(*args)
+    return before(*args) if len(calls) < 3 else os.kill(os.getpid(), signal.{how})
 {where} = call
 prepare.main(sys.argv[1:])
 """
@@ -218,9 +205,8 @@ def test_a_kill_leaves_no_trace_in_what_comes_after(where, how, mirror, tmp_path
 
 @pytest.mark.parametrize("name, file", [
     ("tinygsm", "TinyGSM/TinyGSM/data/1.parquet"), ("algebraic-stack", ALGEBRAIC + "/1.jsonl.zst"),
-    ("mmqa", "meta-math/MetaMathQA/MetaMathQA-395K.json"), ("omi1", OMI1 + ".gz")])
-def test_a_damaged_file_is_named_and_once_mended_continues(name, file, tmp_path, monkeypatch):
-    monkeypatch.setitem(CORPORA, name, CORPORA[name].replace("train.jsonl ", "train.jsonl.gz "))
+    ("mmqa", "meta-math/MetaMathQA/MetaMathQA-395K.json")])
+def test_a_damaged_file_is_named_and_once_mended_continues(name, file, tmp_path):
     rows = [{f: os.urandom(300).hex() for f in CORPORA[name].split()[1:]} for _ in range(30)]
     whole = put(tmp_path / file, rows).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) // 2])
@@ -269,25 +255,28 @@ def test_a_token_file_of_another_size_source_or_vocabulary_is_not_believed(mirro
             make("gsm8k", tmp_path, mirror[0])
 
 
-def test_a_corpus_without_any_text_or_out_of_reach_is_a_sentence(tmp_path):
+UNKNOWN = "unknown corpus '{}': .* toy-omi1, .*@div=sub"
+
+
+@pytest.mark.parametrize("name, message", [
+    ("finemath3", "no row has text under text"), ("omi1", "could not be read .*--hub=DIR"),
+    ("tiny", UNKNOWN), ("toy-omi1@slips=101", UNKNOWN), ("omi1@slips=3", UNKNOWN),
+    ("toy-omi1@div=half", UNKNOWN), ("toy-omi1@div=sub@slips=3", UNKNOWN)])
+def test_a_corpus_without_text_out_of_reach_or_unknown_is_a_sentence(name, message, tmp_path):
     put(tmp_path / "HuggingFaceTB/finemath/finemath-3plus/0.parquet", [{"url": "no text"}] * 3)
-    with pytest.raises(UserError, match="no row has text under text"):
-        make("finemath3", tmp_path, str(tmp_path))
-    with pytest.raises(UserError, match=f"{OMI1} could not be read .*--hub=DIR"):
-        make("omi1", tmp_path, "/nowhere")
+    with pytest.raises(UserError, match=message.format(name)):
+        make(name, tmp_path, str(tmp_path))
 
 
-def test_the_command_with_two_threads_writes_the_bytes_of_one_and_ends_with_2(mirror, tmp_path):
-    def command(*words):
-        words = sys.executable, "-m", "data.prepare", f"--data_dir={tmp_path}", *words
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-
-    run = command("gsm8k", "omi1", f"--hub={mirror[0]}", "--workers=2")
-    assert (run.returncode, run.stderr, len(run.stdout.splitlines())) == (0, "", 2)
-    assert both(tmp_path / "omi1-toy.bin") == both(make("omi1", tmp_path / "one", mirror[0]))
-    for flag in ("--shard=1", "--shards=-1"):
-        run = command("gsm8k", flag)
-        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
+def test_the_command_ends_with_0_and_a_line_a_corpus_or_with_2_and_a_sentence(mirror, tmp_path):
+    for words, status, lines in [
+        (["gsm8k", "omi1", f"--hub={mirror[0]}"], 0, (2, 0)),
+        (["gsm8k", "--shard=1"], 2, (0, 1)), (["gsm8k", "--shards=-1"], 2, (0, 1)),
+    ]:
+        command = [sys.executable, "-m", "data.prepare", f"--data_dir={tmp_path}", *words]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        printed = len(run.stdout.splitlines()), len(run.stderr.splitlines())
+        assert (run.returncode, printed) == (status, lines), run.stderr
 
 
 def mixture(mix, budget=0.0, seed=0, **blocks):
@@ -364,32 +353,31 @@ def test_the_manifest_names_what_was_read_and_the_errors_of_its_authors(data_dir
     assert first["sha256"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("task, file, count, gold", [
-    ("gsm8k", "gsm8k_train.jsonl", 7473, "72"), ("aime24", "aime24.jsonl", 30, "204"),
-    ("math500", "math500_test.json", 500, "\\left( 3, \\frac{\\pi}{2} \\right)")])
-def test_real_question_sets_load_from_a_local_file(shared, task, file, count, gold):
-    questions = load_questions(task, "test", file=str(shared / file))
+@pytest.mark.parametrize("file, count, gold", [
+    ("gsm8k_train.jsonl", 7473, "72"), ("aime24.jsonl", 30, "204"),
+    ("math500_test.json", 500, "\\left( 3, \\frac{\\pi}{2} \\right)")])
+def test_real_question_sets_load_from_a_local_file(shared, file, count, gold):
+    questions = load_questions("gsm8k", "test", file=str(shared / file))
     assert len(questions) == count and questions[0].gold == gold
 
 
-def test_question_sets_load_from_a_mirror_of_the_hub_in_its_own_file_types(tmp_path):
-    for file, *rows in [
-        ("openai/gsm8k/main/train-0.parquet", {"question": "1 + 1?", "answer": "2.\n#### 2"}),
-        ("DigitalLearningGmbH/MATH-lighteval/data/test-0.parquet",
-         {"problem": "2 + 1?", "solution": "It is $\\boxed{\\frac{6}{2}}$."}),
-        ("HuggingFaceH4/MATH-500/test.jsonl", {"problem": "2 + 2?", "answer": "4", "solution": ""}),
-        ("gneubig/aime-1983-2024/a.csv", b"ID,Question,Answer", b"2024-I-4,2 + 3?,5"),
-    ]:
-        put(tmp_path / file, rows)
-    hub = str(tmp_path)
-    assert load_questions("gsm8k", "train", hub) == [("gsm8k-train-0", "1 + 1?", "2")]
-    assert load_questions("math", "test", hub) == [("math-test-0", "2 + 1?", "\\frac{6}{2}")]
-    assert load_questions("math500", "test", hub) == [("math500-test-0", "2 + 2?", "4")]
-    assert load_questions("aime", "test", hub) == [("2024-I-4", "2 + 3?", "5")]
-    for task, split, message in [("aime24", "test", "--hub=DIR"), ("gsm", "train", "unknown task"),
-                                 ("math500", "train", "no train questions")]:
+@pytest.mark.parametrize("task, file, row, expected", [
+    ("gsm8k", "openai/gsm8k/main/test-0.parquet",
+     {"question": "1?", "answer": "2.\n#### 2"}, "1? 2"),
+    ("math", "DigitalLearningGmbH/MATH-lighteval/data/test-0.parquet",
+     {"problem": "2?", "solution": "$\\boxed{\\frac{6}{2}}$."}, "2? \\frac{6}{2}"),
+    ("math500", "HuggingFaceH4/MATH-500/test.jsonl",
+     {"problem": "3?", "answer": "4", "solution": ""}, "3? 4"),
+    ("aime", "gneubig/aime-1983-2024/a.csv", b"ID,Question,Answer\n2024-I-4,4?,5", "4? 5")])
+def test_question_sets_load_from_a_mirror_of_the_hub_in_its_own_file_types(
+        tmp_path, task, file, row, expected):
+    put(tmp_path / file, [row])
+    ((name, *found),) = load_questions(task, "test", str(tmp_path))
+    assert " ".join(found) == expected and name in (f"{task}-test-0", "2024-I-4")
+    for other, split, message in (("aime24", "test", "--hub=DIR"), ("gsm", "train", "unknown task"),
+                                  ("math500", "train", "no train questions")):
         with pytest.raises(UserError, match=message):
-            load_questions(task, split, hub)
+            load_questions(other, split, str(tmp_path))
 
 
 @pytest.mark.parametrize("row, message", [

@@ -37,30 +37,20 @@ def test_rows_that_leave_the_cache_change_nothing_for_those_that_stay(gpt):
         torch.testing.assert_close(logits[row], gpt(alone)[0, -3:], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("top_p", [1.0, 0.8])
-def test_a_ragged_batch_gives_each_prompt_what_it_gets_alone(gpt, temperature, top_p):
-    prompts = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 4, 5], list(range(1, 30))]
-    settings = dict(temperature=temperature, top_p=top_p)
-    together = generate(gpt, prompts, 20, EOS, seeded(0, 1, 2, 3), **settings)
-    for i, prompt in enumerate(prompts):
-        tokens, mask, logp = generate(gpt, [prompt], 20, EOS, seeded(i), **settings)
-        assert tokens[0].tolist() == together[0][i].tolist()
-        assert mask[0].tolist() == together[1][i].tolist()
-        torch.testing.assert_close(logp[0], together[2][i])
-
-
 @pytest.mark.parametrize("step", [0, 128])
-def test_growth_leaving_rows_and_equal_prompts_change_no_row(gpt, step, monkeypatch):
-    """With an end that is likely, rows leave at every chance, and others move to their places."""
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.7, 0.8), (1.0, 1.0)])
+def test_a_ragged_batch_gives_each_prompt_what_it_gets_alone(
+        gpt, step, temperature, top_p, monkeypatch):
+    """While the cache grows, equal prompts are read once, and rows that end leave: with an end that
+    is likely they do at every chance, and others move to their places."""
     monkeypatch.setattr(KVCache, "STEP", step)
     gpt.head.bias = torch.nn.Parameter(torch.tensor([2.0] + [0.0] * 49))  # of the EOS
     prompts = [list(range(1, 2 + i % 9)) for i in range(40)]  # each length some four times
-    together = generate(gpt, prompts, 30, EOS, seeded(*range(40)))
+    together = generate(gpt, prompts, 30, EOS, seeded(*range(40)), temperature, top_p)
     lengths = together[1].sum(dim=1)
-    assert lengths.min() < 5 and lengths.max() > 12 and len(lengths.unique()) > 6
+    assert lengths.min() < 5 and lengths.max() > 12 and len(lengths.unique()) > 4
     for i, prompt in enumerate(prompts):
-        alone = generate(gpt, [prompt], 30, EOS, seeded(i))
+        alone = generate(gpt, [prompt], 30, EOS, seeded(i), temperature, top_p)
         for mine, ours in zip(alone, together):
             torch.testing.assert_close(mine[0], ours[i], atol=1e-4, rtol=1e-4)
 
@@ -110,11 +100,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
         assert set(sample(logits, 1.0, top_p, uniform)[0].tolist()) == kept
 
 
-def test_prompts_that_leave_no_room_are_refused(gpt):
+def test_a_prompt_or_a_width_that_does_not_fit_is_refused(gpt):
     with pytest.raises(ValueError, match="10 follow"):
         generate(gpt, [[1] * 55], 10, EOS, seeded(0))
     with pytest.raises(ValueError, match="1 to 54 tokens"):
         generate(gpt, [[]], 10, EOS, seeded(0))
+    with pytest.raises(ValueError, match="a multiple of twice that"):
+        GPT(GPTConfig(vocab_size=10, width=30, heads=4))
 
 
 def test_no_token_sees_a_later_one(gpt):
@@ -158,21 +150,14 @@ def test_chunked_log_probs_have_the_values_and_gradients_of_plain_ones(tokens, r
     ids, d_logp = torch.randint(-1, 30, (tokens,), generator=draw), torch.randn(tokens)
     with Widest(30) as widest:
         ours = token_logps(hidden, weight, ids, 0.7, room)
+        with torch.no_grad():
+            assert torch.equal(token_logps(hidden, weight, ids, 0.7, room), ours)  # to the bit
         found = torch.autograd.grad(d_logp.double() @ ours, (hidden, weight))
     logps = (hidden @ weight.t() / 0.7).log_softmax(-1)
     theirs = logps.gather(1, ids.clamp(min=0)[:, None])[:, 0] * (ids >= 0)  # -1 counts nothing
     expected = torch.autograd.grad(d_logp.double() @ theirs, (hidden, weight))
     torch.testing.assert_close((ours, *found), (theirs, *expected), atol=1e-12, rtol=1e-12)
     assert widest.rows <= 512
-
-
-@pytest.mark.parametrize("room", [0, 1 << 26])
-def test_with_and_without_gradient_log_probs_have_the_same_bits(room):
-    hidden, weight = torch.randn(700, 8, requires_grad=True), torch.randn(30, 8)
-    ids = torch.randint(30, (700,))
-    with torch.no_grad():
-        before = token_logps(hidden, weight, ids, 0.7, room)
-    assert torch.equal(before, token_logps(hidden, weight, ids, 0.7, room).detach())
 
 
 def test_the_loss_is_in_fp32_where_autocast_is_in_bf16(gpt):
@@ -198,8 +183,3 @@ def test_initial_weights_are_truncated_at_three_standard_deviations():
     model = GPT(GPTConfig(vocab_size=500, init_std=0.02))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert 0.0195 < float(weights.std()) < 0.0205 and float(weights.abs().max()) <= 0.06
-
-
-def test_a_width_that_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="a multiple of twice that"):
-        GPT(GPTConfig(vocab_size=10, width=30, heads=4))
