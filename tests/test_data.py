@@ -425,9 +425,12 @@ def test_questions_are_held_out_only_where_none_are_named(tmp_path, capsys):
     assert len(train) == len(test) == 6 and "6 of 6 questions" in capsys.readouterr().out
 
 
-def test_a_prompt_fits_that_leaves_the_room_of_a_completion():
+def test_a_prompt_begins_as_a_document_does_and_leaves_the_room_of_a_completion():
+    """Without the end-of-text token in front, which no document of pretraining lacks, a base was
+    right in 20% of its samples where it is in 32%."""
     questions, encoding = load_questions("toy", "test"), get_tokenizer("toy")
-    pairs = [(q, encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
+    pairs = [(q, [encoding.eot_token, *encoding.encode_ordinary(q.question + "\n\n")])
+             for q in questions]
     longest = sorted(len(ids) for _, ids in pairs)[100]
     assert fitting("test", questions, encoding, 100, 100 - longest) == [
         (q, ids) for q, ids in pairs if len(ids) <= longest]
