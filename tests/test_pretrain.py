@@ -173,24 +173,18 @@ def test_no_setting_takes_a_number_that_makes_no_sense():
     pretrain.check_ranges(types.SimpleNamespace(**limits))
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(learning_rate=float("nan")), "--learning_rate=nan must be above 0"),
-    (dict(heads=3), "multiple of 2 x --heads=3"), (dict(mix="toy-tiny"), "unknown corpus"),
-    (dict(mix="toy-omi1:2,toy-omi2:50%"), "not both"), (dict(device="cuda"), "cuda: 0 GPUs"),
-    (dict(max_steps=9), "holds a run with another max_steps .8 there, 9 here.: choose another")])
-def test_a_mistake_is_a_sentence_and_costs_no_file(whole, data_dir, change, message):
+@pytest.mark.parametrize("flags, message", [
+    (dict(learning_rate="nan"), "--learning_rate=nan must be above 0"), (dict(mix="no"), "unkn"),
+    (dict(heads=3), "--width=32 must be a multiple of 2 x"), (dict(device="cuda"), "cuda: 0 GPUs"),
+    (dict(max_steps=9), "another max_steps .8 there, 9 here.: choose another"),
+    (dict(mix="toy-omi1:2,toy-omi2:50%"), "not both"), (dict(batch_size="x"), "a whole number")])
+def test_a_mistake_is_one_sentence_of_one_rank_and_costs_no_file(
+        whole, tmp_path, data_dir, flags, message):
     before = {file: file.read_bytes() for file in whole.iterdir()}
-    with pytest.raises(UserError, match=message):
-        pretrain.main(settings(whole, data_dir, **change))
+    assert run(tmp_path, pretraining(data_dir, out_dir=whole, **flags), world=2) == [2, 2]
+    (said,), others = ((tmp_path / r / "stderr").read_text().splitlines() for r in "01")
+    assert re.match(f"pretrain.py: .*{message}", said) and not others
     assert {file: file.read_bytes() for file in whole.iterdir()} == before
-
-
-@pytest.mark.parametrize("flags", [dict(batch_size="x"), dict(mix="nothing", out_dir="unused")])
-def test_a_mistake_prints_one_line_and_exits_with_2(flags, data_dir, tmp_path):
-    assert run(tmp_path, pretraining(data_dir, **flags), world=2) == [2, 2]
-    printed = [(tmp_path / rank / "stderr").read_text() for rank in "01"]
-    assert printed[0].startswith("pretrain.py: ") and len(printed[0].splitlines()) == 1
-    assert printed[1] == "" and not (tmp_path / "0" / "unused").exists()
 
 
 @pytest.mark.parametrize("told, expected", [
@@ -220,8 +214,8 @@ def test_what_is_no_fault_of_the_code_is_one_sentence_and_nothing_else_is(
     with pytest.raises(SystemExit if sentence else RuntimeError, match="2" if sentence else "peer"):
         pretrain.launch(mock.Mock(side_effect=error), Config, {})
     printed = sys.stderr.buffer.getvalue().decode("cp1252")
-    assert printed.startswith("rl.py: ") and printed.count("\n") == 1 if sentence else not printed
-    assert (sentence or "") in printed
+    assert (sentence or "") in printed and printed.count("\n") == bool(sentence)
+    assert printed.startswith("rl.py: " if sentence else "")
 
 
 @pytest.mark.parametrize("preset, shape, parameters", [
@@ -237,7 +231,7 @@ def test_the_paper_s_presets_have_its_settings(whole, preset, shape, parameters)
         model = pretrain.build_model(cfg, 50_257, "meta")
     assert sum(p.numel() for p in model.parameters()) == parameters
     (group,) = checkpoint(whole)["optimizer"]["param_groups"]  # of all weights: everything decays
-    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.1, (0.9, 0.99), 1e-8)
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.9, 0.99))
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.001, 0.5])
@@ -264,8 +258,7 @@ class Spy(TorchDispatchMode):
 
 
 def trained(micro_batch_size: int, processes=CPU, steps=1):
-    """A model's weights after steps of gradient descent; where its gradients were in the last, and
-    what a spy has seen."""
+    """Weights after steps of descent, places of the last gradients, and what a spy has seen."""
     torch.manual_seed(0)
     shape = dict(vocab_size=30, context=16, width=16, layers=1, heads=2, init_std=0.2)
     ddp = DistributedDataParallel(GPT(GPTConfig(**shape)).double(), gradient_as_bucket_view=True)
@@ -394,13 +387,12 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(
     assert_same_run(tmp_path / "0" / "run", whole)
 
 
-@pytest.mark.parametrize("method, call, numbers, ends, step, world, micro_batch_size", [
-    ("batch", 5, [signal.SIGINT], [0], 5, 1, 4), ("batch", 5, [signal.SIGTERM], [0, 0], 5, 2, 4),
-    ("batch", 5, [signal.SIGINT] * 2, [0], 5, 1, 4),
-    ("held_out", 1, [signal.SIGTERM], [0], 6, 1, 4),
-    ("batch", 6, [signal.SIGKILL], [2, -signal.SIGKILL], 3, 1, 1)])
+@pytest.mark.parametrize("method, call, numbers, ends, step", [
+    ("batch", 5, [signal.SIGINT], [0], 5), ("batch", 5, [signal.SIGTERM], [0, 0], 5),
+    ("batch", 5, [signal.SIGINT] * 2, [0], 5), ("held_out", 1, [signal.SIGTERM], [0], 6),
+    ("batch", 6, [signal.SIGKILL], [2, -signal.SIGKILL], 3)])
 def test_a_signal_to_one_rank_stops_all_and_the_run_continues_as_one_left_alone(
-        tmp_path, data_dir, whole, method, call, numbers, ends, step, world, micro_batch_size):
+        tmp_path, data_dir, whole, method, call, numbers, ends, step):
     """torchrun may forward a Ctrl-C that the terminal has sent already: two are one. In an
     evaluation a signal was forgotten until all corpora were done; it is made up for. A smaller
     --micro_batch_size was advised when memory ran out, and then refused."""
@@ -413,6 +405,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_continues_as_one_left_alone(
     assert checkpoint(folder)["step"] == step and (any(ends) or rows(folder)[-1]["kind"] == "train")
     # the ranks have working folders of their own: what rank 1 wrote would be in its own
     assert {p.name for p in tmp_path.glob("1/*")} <= {"stdout", "stderr"}
+    world, micro_batch_size = ends.count(0) or 1, 1 if any(ends) else 4
     again = pretraining(data_dir, out_dir=folder, micro_batch_size=micro_batch_size)
     assert run(tmp_path, again, world) == [0] * world
     assert_same_run(folder, whole, exact=len(ends) == 1)
