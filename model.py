@@ -23,7 +23,7 @@ class GPTConfig:
     heads: int = 6  # H; the head width D = C / H must be even for the rotation
     tied: bool = True  # one matrix for the embedding and the output
     init_std: float = 0.02  # of every weight, truncated at three of them
-    rope_base: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi
+    rope_base: float = 10000.0  # of the wavelengths of the rotary positions: above the longest
 
 
 class KVCache:
@@ -83,7 +83,7 @@ class KVCache:
         self.real[:, :filled] = self.slots[:filled] < lengths[:, None]
 
     def keep(self, alive: torch.Tensor) -> torch.Tensor:
-        """Drops the rows that are not `alive`; returns which ones (n,) are left, in their order."""
+        """Drops the rows that are not `alive`; returns the old place (n,) of each that is left."""
         n = int(alive.sum())  # the last rows move to the places of those that go: no other does
         gaps, movers = (~alive[:n]).nonzero()[:, 0], alive[n:].nonzero()[:, 0] + n
         filled = self.kv[..., : self.filled, :]
@@ -290,7 +290,7 @@ def prefill(model, prompts) -> tuple[torch.Tensor, KVCache]:
     """The last hidden state (B, C) of each of `prompts`, and the cache that holds them all."""
     device = model.embed.weight.device
     ids, lengths, index = (t.to(device) for t in distinct(prompts))
-    autocast = torch.is_autocast_enabled(device.type)  # it casts a weight once, not at each token
+    autocast = torch.is_autocast_enabled(device.type)  # then keys and values come in its dtype
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed.weight.dtype
     (U, T), last = ids.shape, []
     cache = KVCache(model.config, U, device, dtype)

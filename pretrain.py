@@ -53,7 +53,7 @@ class Config:
     layers: int = 2  # blocks of attention and MLP
     heads: int = 6  # of attention; width / heads must be even
     tied: bool = True  # one matrix for embedding and output
-    rope_base: float = 1000.0  # longest wavelength of the positions, over 2 pi
+    rope_base: float = 1000.0  # of the wavelengths of the positions: above the longest
     init_std: float = 0.1  # of every weight, truncated at three of them
     batch_size: int = 8  # sequences of the global batch, all ranks together
     micro_batch_size: int = 8  # sequences of one forward pass on one rank
@@ -93,7 +93,7 @@ def main(cfg: Config) -> dict:
     """Trains until the mixture (or max_steps) is used up; returns the last evaluation row."""
     check_ranges(cfg)
     processes = setup_distributed(cfg.device)
-    context = autocast(cfg.dtype, processes.device)
+    amp = autocast(cfg.dtype, processes.device)
     mixture = load_mixture(cfg, processes)
     total = min(cfg.max_steps or mixture.steps, mixture.steps)
     if cfg.batch_size < processes.world:
@@ -124,7 +124,7 @@ def main(cfg: Config) -> dict:
         trained, started = 0, time.perf_counter()
         while True:
             if due(cfg.eval_every) and evaluation.get("step") != step and not stopping:
-                losses = held_out_losses(model, mixture, cfg.micro_batch_size, context, run)
+                losses = held_out_losses(model, mixture, cfg.micro_batch_size, amp, run)
                 if stopping := not losses:
                     continue  # without this evaluation: who continues here begins with it
                 evaluation = {"step": step, "kind": "eval", "loss": losses}
@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict:
             blocks, tokens = fetch(mixture, step, processes)
             warmup = min(cfg.warmup_steps / total, 0.5)
             rate = cfg.learning_rate * schedule((step + 1) / total, warmup, cfg.min_learning_rate)
-            report = train_step(ddp, optimizer, blocks, tokens, rate, cfg, context, processes)
+            report = train_step(ddp, optimizer, blocks, tokens, rate, cfg, amp, processes)
             step, trained = step + 1, trained + tokens
             run.bar.update()
             stopping = run.stopping()
@@ -177,7 +177,7 @@ def build_model(cfg, vocab_size: int, device) -> GPT:
 
 
 def compiled(model, device, dynamic=False):
-    """torch.compile(model); as it is where that fails, for want of a compiler as a rule."""
+    """torch.compile(model); as it is where that fails on a trifle, for want of a compiler."""
     try:
         torch.compile(torch.exp)(torch.ones(8, device=device))
         return torch.compile(model, dynamic=dynamic)
@@ -203,7 +203,7 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def train_step(ddp, optimizer, blocks, tokens: int, rate: float, cfg, context, processes):
+def train_step(ddp, optimizer, blocks, tokens: int, rate: float, cfg, amp, processes):
     """One update, on this rank's blocks (B, T + 1). Returns (2,): its part of the loss, a sum over
     the `tokens` targets of all ranks so that no way to split a batch changes it, and the norm of
     the gradient; on the device, for nothing here waits for a GPU.
@@ -212,7 +212,7 @@ def train_step(ddp, optimizer, blocks, tokens: int, rate: float, cfg, context, p
     for i, part in enumerate(micro):
         # forward and backward both inside: DDP decides in the forward whether to reduce
         with contextlib.nullcontext() if i == len(micro) - 1 else ddp.no_sync():
-            with context:
+            with amp:
                 loss = next_token_loss(ddp, part) / tokens
             (loss * processes.world).backward()  # DDP averages over ranks
         total = total + loss.detach()
@@ -230,7 +230,7 @@ def next_token_loss(model, blocks):
 
 
 @torch.no_grad()
-def held_out_losses(model, mixture, micro_batch_size: int, context, run) -> dict:
+def held_out_losses(model, mixture, micro_batch_size: int, amp, run) -> dict:
     """Mean held-out loss of each corpus, in nats a token; {} as soon as a rank is told to stop."""
     losses, (rank, world, device) = {}, run.processes
     for name in mixture.names:
@@ -239,7 +239,7 @@ def held_out_losses(model, mixture, micro_batch_size: int, context, run) -> dict
             if run.stopping():
                 return {}
             mine = part[rank::world].to(device)
-            with context:
+            with amp:
                 total += float(next_token_loss(model, mine)) if len(mine) else 0.0
         losses[name] = run.processes.sum(total)[0] / blocks[:, 1:].numel()
     return losses
@@ -379,7 +379,7 @@ def autocast(dtype: str, device):
 
 
 FREE = (  # what may change when a run continues: no result depends on it, or `inputs` has it
-    "run preset config out_dir overwrite data_dir hub init_from questions eval_questions device "
+    "run preset config out_dir overwrite data_dir hub init_from questions eval_questions "
     "micro_batch_size sample_batch_size time_limit compile log_every eval_every save_every "
     "keep_every").split()
 DIVERGED = ("not all numbers are finite, and the last checkpoint is kept: start again with a lower "

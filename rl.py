@@ -3,8 +3,9 @@
 
 Reads the run of pretrain.py (--init_from) and writes out_dir: config.json, metrics.jsonl, ckpt.pt,
 step_NNNNNN.pt, samples_NNNNNN.jsonl, echo.png. Run it again to continue an unfinished run.
-Deviations from the textbook: a completion cut at max_new_tokens counts as ended; every rank holds
-the whole rollout (ids are small), so that no statistic depends on their number.
+Deviations from the textbook: a completion cut at max_new_tokens counts as ended; grpo's loss too is
+a mean over tokens, and ppo's advantages are whitened; every rank holds the whole rollout (ids are
+small), so that no statistic depends on their number.
 """
 
 import copy
@@ -117,8 +118,8 @@ def check(cfg: Config) -> None:
 #
 # algo       advantage of a token            loss of a token          extra network
 # ppo        GAE from the critic, KL in r    clipped ratio + value    critic
-# grpo       (r - group mean) / group std    clipped ratio + k3 KL    none
-# reinforce  r - group mean                  -logp advantage + k3 KL  none
+# grpo       (r - group mean) / group std    clipped ratio + k3 KL    none, but the base for the KL
+# reinforce  r - group mean                  -logp advantage + k3 KL  as grpo
 # ei         1 if correct and unseen else 0  -logp                    none
 #
 # A loss is the sum over the tokens of a minibatch, divided by their number. Every function here is
@@ -229,7 +230,7 @@ class Lab(NamedTuple):
 
 
 class Stopped(Exception):
-    """Some rank was told to stop: raised on all of them, between two batches of a rollout."""
+    """Some rank was told to stop: raised on all, between batches of a rollout or behind a step."""
 
 
 class Row(NamedTuple):
@@ -360,7 +361,7 @@ class Critic(nn.Module):
 
     def __init__(self, gpt: GPT):
         super().__init__()
-        self.gpt = copy.deepcopy(gpt).requires_grad_(True)  # whoever has frozen the base
+        self.gpt = copy.deepcopy(gpt).requires_grad_(True)  # a copy of a frozen one is frozen
         self.gpt.head = nn.Linear(gpt.config.width, 1).to(gpt.embed.weight)
         for weight in self.gpt.head.parameters():
             nn.init.zeros_(weight)
@@ -478,7 +479,7 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
     if on_policy:
         batches = [batch for batches, _ in minibatches for batch in batches]
         metrics = look_back(batches, policy, critic, reference, lab)
-    updates, norms, seen = cfg.epochs * len(minibatches), [], []
+    updates, norms, critic_norms, seen = cfg.epochs * len(minibatches), [], [], []
 
     def loss_of_policy(batch: Batch) -> torch.Tensor:
         logp = policy.called(batch)
@@ -498,17 +499,17 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
         if tokens:
             norms.append(policy.update(batches, loss_of_policy, tokens, rate, lab))
         if critic:
-            norms.append(critic.update(batches, loss_of_critic, tokens, rate, lab))
-    found = torch.stack(norms).tolist() if norms else [0.0]
+            critic_norms.append(critic.update(batches, loss_of_critic, tokens, rate, lab))
+    found = torch.stack([*norms, *critic_norms]).tolist() if norms else [0.0]
     if not all(map(math.isfinite, found)):
         raise UserError(f"the gradient is not finite at step {step + 1}: lower --learning_rate in "
                         "another --out_dir; the last checkpoint here is kept")
     if on_policy:
-        outside, tokens, _ = processes.sum(*(sum(seen).tolist() if seen else [0] * 3))
+        outside, total, _ = processes.sum(*(sum(seen).tolist() if seen else [0] * 3))
         first = max((float(s[2]) for s in seen[: len(minibatches[0][0])]), default=0.0)
-        metrics["clip_fraction"] = outside / tokens
+        metrics["clip_fraction"] = outside / total
         metrics["ratio_max_dev"] = max(processes.gather(first))
-    metrics["grad_norm"] = max(found[:: 2 if critic else 1])
+    metrics["grad_norm"] = max(found[: max(1, len(norms))])
     return {**metrics, "lr": policy.optimizer.param_groups[0]["lr"]}
 
 
@@ -592,7 +593,7 @@ def main(cfg: Config) -> dict:
     train = fitting("train", train_set, encoding, room, cfg.max_new_tokens)
     test = fitting("test", test_set, encoding, room, cfg.max_new_tokens)
     inputs = {"base": base, "train questions": train_set, "test questions": test_set}
-    context = autocast(cfg.dtype, processes.device)
+    amp = autocast(cfg.dtype, processes.device)
     policy = Trainer(Policy(copy.deepcopy(base), cfg.temperature), cfg.learning_rate, cfg)
     critic = cfg.algo == "ppo" and Trainer(Critic(base), cfg.critic_learning_rate, cfg)
     model, reference = policy.module.gpt, Policy(base, cfg.temperature)
@@ -603,7 +604,7 @@ def main(cfg: Config) -> dict:
         parts |= {"critic": critic.module, "critic_optimizer": critic.optimizer}
 
     with Run(cfg, processes, total, inputs) as run:
-        step, evaluations, lab = 0, [], Lab(cfg, run, encoding, context)
+        step, evaluations, lab = 0, [], Lab(cfg, run, encoding, amp)
         if state := run.load():
             step, evaluations = state["step"], state["evaluations"]
             for name, part in parts.items():
@@ -656,10 +657,11 @@ def main(cfg: Config) -> dict:
             run.say(f"stopped at step {step}: the same command continues it")
             return evaluations[-1] if evaluations else {}
         save_run()
-        columns = {f"step {row['step']}": row for row in (evaluations[0], evaluations[-1])}
-        run.say(f"\n{cfg.algo} on {row['task']}, {row['n']} questions, 95% intervals; "
-                f"{run.folder}/echo.png\n\n{table(columns)}")
-        return evaluations[-1]
+        first, last = evaluations[0], evaluations[-1]
+        run.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; "
+                f"{run.folder}/echo.png\n")
+        run.say(table({f"step {row['step']}": row for row in (first, last)}))
+        return last
 
 
 if __name__ == "__main__":

@@ -120,10 +120,10 @@ def run_program(source: str, is_block: bool, limit: float, again=True) -> tuple[
     """What a function returns, or a block's last expression or print; the failure, or ""."""
     with STARTING:  # from any thread
         monty, pool = interpreters(os.getpid())
+    code = "eval = exec = None\n" + source  # what computes an answer is there to be read
     if not is_block:
         names = re.findall(r"^def (\w+)", source, re.M) or ["nothing"]
-        source += f"\n{'simple_math_problem' if 'simple_math_problem' in names else names[-1]}()"
-    code = "eval = exec = None\n" + source  # what computes an answer is there to be read
+        code += f"\n{'simple_math_problem' if 'simple_math_problem' in names else names[-1]}()"
     limits = {"max_feed_duration_secs": limit, "max_memory": MEMORY}
     printed = monty.CollectString(100_000)
     try:  # a session of its own: nothing is left behind for the next program
@@ -398,7 +398,7 @@ def canonical(answer: str) -> tuple:
         points = (1, 2, 3) if re.search("[A-Za-z]", re.sub("frac|root|pi", "", text)) else (1,)
         kind = list if len(signed) == 1 else set
         found = [gather([Reader(t, p).bracket() for t in signed], kind) for p in points]
-        if found[0][0] == "=" and found[0] != found[1]:
+        if found[0][0] == "=" and found[0] != found[-1]:
             found = [("=", digits(difference / found[0][1])) for _, difference in found]
         return found[0] if len(set(found)) == 1 else tuple(found)
     except Exception:  # what breaks the reader is no answer that a reader could give
@@ -434,9 +434,9 @@ def score_batch(completions: list[str], golds: list[str],
     scores = []
     for text, gold, (name, code) in zip(texts, map(str, golds), split, strict=True):
         answer, failure = next(ran) if code else (None, "error" if code == "" else "")
-        shows = answer and canonical(answer)[0] != "words" and not re.search("[a-z]{2} ", answer)
-        if name == "omi1" and failure == "blocked" or name != "tinygsm" and not (failure or shows):
-            # prose, or a block that shows no value or needs a module: the box is the answer
+        words = not answer or canonical(answer)[0] == "words" or re.search("[a-z]{2} ", answer)
+        if code is None or name == "omi1" and (failure == "blocked" or not failure and words):
+            # prose, or a block that shows no value or needs what Monty lacks: the box counts
             stated, failure = prose_answer(text)
             answer = answer if stated is None else stated
         if not failure:
