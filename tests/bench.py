@@ -257,4 +257,5 @@ if __name__ == "__main__":
     try:
         COMMANDS[name](argv)
     except UserError as error:
-        sys.exit(f"bench.py: {error}")
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
