@@ -447,13 +447,13 @@ class Run:
     def load(self):
         """The checkpoint to continue from, or None; rows behind it leave the log, to come again."""
         state = {"log_size": 0, "step": 0}
-        if there := self.checkpoint.exists():
+        if there := any(self.processes.gather(self.checkpoint.exists())):
             state = load_checkpoint(self.checkpoint, self.processes.device)
         self.bar.initial = self.bar.n = state["step"]
         self.processes.first(lambda: self.cut_log(state["log_size"]))
         return state if there else None
 
-    def cut_log(self, size: int) -> None:
+    def cut_log(self, size):
         if self.log.stat().st_size < size:
             raise UserError(f"{self.log} is shorter than when ckpt.pt was saved: bring it back, or "
                             "--overwrite=true starts afresh")
@@ -476,7 +476,7 @@ class Run:
             numbers = ((k, x) for k, x in row.items() if isinstance(x, (int, float)))
             self.say(" ".join(f"{name} {x:.4g}" for name, x in numbers))
 
-    def say(self, text: str) -> None:
+    def say(self, text):
         if self.processes.rank == 0:
             tqdm.write(text)
 
@@ -508,7 +508,7 @@ def model_state(model, tokenizer: str) -> dict:
     return {"model": model.state_dict(), "gpt": asdict(model.config), "tokenizer": tokenizer}
 
 
-def load_model(path, device) -> tuple[GPT, str]:
+def load_model(path, device) -> tuple:
     """The model of a run's folder or of a .pt file, and the name of its tokenizer."""
     state = load_checkpoint(Path(path) / "ckpt.pt" if Path(path).is_dir() else path, "cpu")
     model = GPT(state["gpt"])
