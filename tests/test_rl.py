@@ -72,7 +72,7 @@ def loss_batch(**given) -> Batch:
 def test_gae_agrees_with_numbers_worked_out_by_hand():
     """At a terminal token (row 0) and before padding (row 1): trl#1536, cleanrl#16."""
     reward = torch.tensor([[0.0, 0.0, 1.0], [0.5, 1.0, 9.0]])
-    value = torch.tensor([[0.2, 0.4, 0.7], [0.1, 0.3, 9.0]])
+    value = torch.tensor([[0.2, 0.4, 0.7], [0.1, 0.3, 7.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
     advantage, returns = rl.gae(reward, value, mask, lam=0.5)
     # row 0, from its end: 1 - 0.7 = 0.3;  0.7 - 0.4 + 0.5*0.3 = 0.45;  0.4 - 0.2 + 0.5*0.45 = 0.425
