@@ -464,7 +464,7 @@ class Run:
         self.processes.first(lambda: save(self.checkpoint, {
             **state, "config": self.config, "log_size": self.log.stat().st_size}))
 
-    def write(self, row: dict) -> None:
+    def write(self, row: dict):
         """Appends a row to metrics.jsonl, and shows it if of a training step. Raises UserError."""
         line = json.dumps(row)
         if "NaN" in line or "Infinity" in line:
