@@ -58,7 +58,7 @@ class Config:
     batch_size: int = 8  # sequences of the global batch, all ranks together
     micro_batch_size: int = 8  # sequences of one forward pass on one rank
     learning_rate: float = 6e-3  # at the end of the warm-up
-    min_learning_rate: float = 0.01  # at the end of the cosine, as a fraction of learning_rate
+    min_learning_rate: float = 0.1  # at the end of the cosine, as a fraction of learning_rate
     warmup_steps: int = 50  # in which the learning rate rises
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.99  # of AdamW
@@ -77,7 +77,7 @@ class Config:
 
 # the study's models (OLMo's configuration); smaller ones, with an eighth of the batch
 PAPER = dict(tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, batch_size=512,
-             micro_batch_size=16, learning_rate=1e-3, min_learning_rate=0.1, beta2=0.95,
+             micro_batch_size=16, learning_rate=1e-3, beta2=0.95,
              warmup_steps=5000, eval_every=1000, save_every=1000, compile=True)
 SMALL = dict(PAPER, context=1024, batch_size=128, warmup_steps=500, eval_every=500, save_every=500)
 PRESETS = {

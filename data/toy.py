@@ -42,7 +42,7 @@ HIGHEST = {"=": 20, "+": 9, "-": 9, "*": 4, "/": 4}  # number that goes with an 
 LARGEST = 99  # no value that a story leads to exceeds it; that of an error may
 # Percent of an author's documents in which a number is misread, where the name does not say: the
 # formats differ in accuracy by design.
-SLIPS = {"toy-tinygsm": 0, "toy-omi1": 60, "toy-omi2": 50}
+SLIPS = {"toy-tinygsm": 0, "toy-omi1": 40, "toy-omi2": 50}
 AUTHORS = tuple(SLIPS)
 OPERATIONS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 ANY = "|".join(OPERATIONS)
