@@ -77,8 +77,8 @@ class Config:
 
 # the study's models (OLMo's configuration); smaller ones, with an eighth of the batch
 PAPER = dict(tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, batch_size=512,
-             micro_batch_size=16, learning_rate=1e-3, beta2=0.95,
-             warmup_steps=5000, eval_every=1000, save_every=1000, compile=True)
+             micro_batch_size=16, learning_rate=1e-3, beta2=0.95, warmup_steps=5000,
+             eval_every=1000, save_every=1000, compile=True)
 SMALL = dict(PAPER, context=1024, batch_size=128, warmup_steps=500, eval_every=500, save_every=500)
 PRESETS = {
     "tiny": {},
