@@ -143,7 +143,7 @@ def group_advantage(reward, group_size: int, scale: bool) -> torch.Tensor:
     groups = reward.view(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
     if scale:
-        centered = centered / groups.std(dim=1, keepdim=True).clamp(min=1e-6)
+        centered = centered / groups.std(dim=1, keepdim=True)
     differ = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
     return torch.where(differ, centered, 0.0).flatten()
 
