@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args, get_type_hints
 
 # OpenMP's waiting threads would spin, which costs much on a machine that does something else too
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # before torch is imported
 
 import torch
 import torch.distributed as dist

@@ -184,7 +184,8 @@ def rl(argv: list[str]) -> None:
     reference, rng = echo.Policy(base, cfg.temperature), random.Random(0)
     stories = list(itertools.islice(toy.problems("train", 0), cfg.prompts_per_step))
     asked = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])
-             for story in stories for _ in range(cfg.group_size)]
+             for story in stories]
+    asked = [pair for pair in asked for _ in range(cfg.group_size)]  # one prompt for a group
     mine = [rng.choice(AUTHORS)(rng.choice((story, stories[0])), rng)
             for story in stories for _ in range(cfg.group_size)][processes.rank :: processes.world]
     echo.score_batch, steps = lambda _, *rest: score_batch(mine, *rest), []
