@@ -126,7 +126,7 @@ def check(cfg: Config) -> None:
 # pure; what is of tokens is (B, T), of completions (B,) or (N,).
 
 
-def k3(logp, ref_logp) -> torch.Tensor:
+def k3(logp, ref_logp):
     """e^d - d - 1, d = log(ref / pi): an unbiased estimate of KL(pi, ref) where pi sampled, never
     negative (Schulman 2020). In a loss its gradient is that of KL(ref, pi), which pulls alike.
     """
@@ -198,7 +198,7 @@ def clipped_value(value, old_value, returns, clip: float = 0.2) -> torch.Tensor:
     return torch.max((value - returns) ** 2, (near - returns) ** 2) / 2
 
 
-def policy_loss(batch, logp, cfg) -> torch.Tensor:
+def policy_loss(batch, logp, cfg):
     """The loss (B, T) of each token, of the log-probs that the policy gives it now."""
     if cfg.algo in ("ppo", "grpo"):
         loss = clipped(logp, batch.old_logp, batch.advantage, cfg.clip_eps)
@@ -337,7 +337,7 @@ def completion_states(gpt: GPT, batch: Batch) -> torch.Tensor:
     return torch.cat((first[batch.index], rest), dim=1).flatten(0, 1)[batch.kept]
 
 
-def unflatten(values, batch: Batch) -> torch.Tensor:
+def unflatten(values, batch: Batch):
     """(n,) values of the kept tokens back in their places (B, T), zero elsewhere."""
     places = values.new_zeros(batch.mask.numel()).index_copy(0, batch.kept, values)
     return places.view(batch.mask.shape)
