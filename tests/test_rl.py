@@ -348,8 +348,8 @@ def test_an_update_never_waits_for_the_device():
     assert not set.union(*(spy.names for spy in spies)) & {"_local_scalar_dense", "nonzero"}
 
 
-SPREAD = {  # over two ranks: one group of three, so one rank has more rows, or all
-    "ppo": dict(algo="ppo", minibatch_size=4), "grpo": dict(algo="grpo"),
+SPREAD = {  # over two ranks: three groups in minibatches of two and one, of which rank 1 has none
+    "ppo": dict(algo="ppo", minibatch_size=8), "grpo": dict(algo="grpo"),
     "reinforce": dict(algo="reinforce", minibatch_size=8), "ei": dict(algo="ei", minibatch_size=2),
 }
 
@@ -557,6 +557,26 @@ def test_two_ranks_see_what_one_sees_and_stop_and_continue_together(
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_a_round_of_expert_iteration_starts_from_the_base_or_goes_on(
+        base, questions, tmp_path, monkeypatch, again):
+    """With the optimiser's state of the round before, Adam would push where that one went."""
+    seen, learn, start = [], rl.learn, rl.load_model(base, "cpu")[0].state_dict()
+
+    def watched(rows, step, policy, *rest):
+        weights = policy.module.gpt.state_dict().items()
+        same = all(torch.equal(weight, start[name]) for name, weight in weights)
+        seen.append((same, len(policy.optimizer.state) == 0))
+        return learn(rows, step, policy, *rest)
+
+    monkeypatch.setattr(rl, "learn", watched)
+    monkeypatch.setattr(rl, "score_batch", lambda texts, *_: [
+        Score(1.0, "text", None, None) for _ in texts])
+    rl.main(settings(tmp_path, base, "ei", questions=questions, restart_from_base=again,
+                     max_steps=2))
+    assert seen == [(True, True), (again, again)]
+
+
 def test_all_of_policy_and_critic_moves_and_nothing_of_the_base(whole, base):
     """A critic copied from a frozen base was frozen too, and every metric stayed plausible."""
     first = torch.load(whole("ppo") / "step_000000.pt", weights_only=True)["model"]
@@ -604,18 +624,21 @@ def test_a_run_fills_its_folder_and_a_finished_one_changes_nothing(
 def test_a_run_goes_on_only_with_the_base_and_the_questions_that_it_began_with(
         base, questions, tmp_path):
     """By content, not by name: an evaluation showed the table of weights that were replaced."""
-    (tmp_path / "base.pt").write_bytes((Path(base) / "ckpt.pt").read_bytes())
-    cfg = settings(tmp_path / "run", str(tmp_path / "base.pt"), "eval", questions=questions)
+    weights, file = tmp_path / "base.pt", tmp_path / "questions.json"
+    weights.write_bytes((Path(base) / "ckpt.pt").read_bytes())
+    file.write_bytes(Path(questions).read_bytes())
+    cfg = settings(tmp_path / "run", str(weights), "eval", questions=str(file))
     row = rl.main(cfg)
     assert rl.main(dataclasses.replace(cfg, init_from=base)) == row  # the same under another name
-    state = torch.load(tmp_path / "base.pt", weights_only=True)
+    file.write_text(file.read_text().replace("Ann", "Eva"))
+    with pytest.raises(UserError, match="content of test questions"):
+        rl.main(cfg)
+    file.write_bytes(Path(questions).read_bytes())
+    state = torch.load(weights, weights_only=True)
     state["model"]["embed.weight"] += 1
-    torch.save(state, tmp_path / "base.pt")
+    torch.save(state, weights)
     with pytest.raises(UserError, match="content of base"):
         rl.main(cfg)
-    (tmp_path / "other.json").write_text(Path(questions).read_text().replace("Ann", "Eva"))
-    with pytest.raises(UserError, match="content of test questions"):
-        rl.main(dataclasses.replace(cfg, init_from=base, questions=str(tmp_path / "other.json")))
 
 
 def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_path, capsys):
