@@ -172,6 +172,9 @@ def test_the_loss_is_in_fp32_where_autocast_is_in_bf16(gpt):
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert gpt.head.weight.grad.dtype == torch.float32 and gpt.head.weight.grad.isfinite().all()
+    hidden, weight = torch.randn(9, 32).bfloat16(), gpt.head.weight.detach().bfloat16()
+    exact = (F.linear(hidden, weight).float() / 0.7).log_softmax(-1)[:, 3]
+    assert torch.equal(token_logps(hidden, weight, torch.full((9,), 3), 0.7), exact)
 
 
 def test_targets_that_count_nothing_give_a_finite_zero(gpt):
