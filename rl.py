@@ -158,7 +158,7 @@ def first_correct(rows: list) -> torch.Tensor:
     return torch.tensor(advantage)
 
 
-def token_rewards(reward, old_logp, ref_logp, mask, kl_coef: float) -> torch.Tensor:
+def token_rewards(reward, old_logp, ref_logp, mask, kl_coef: float):
     """Rewards (B, T): that of the completion (B,) on its last token, and on every one -kl_coef k1,
     k1 = log(pi / ref) (arXiv 2203.02155, equation 2). In a loss k1 would teach nothing: there its
     gradient is zero in expectation.
@@ -167,7 +167,7 @@ def token_rewards(reward, old_logp, ref_logp, mask, kl_coef: float) -> torch.Ten
     return reward[:, None] * last - kl_coef * (old_logp - ref_logp) * mask
 
 
-def gae(reward, value, mask, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(reward, value, mask, lam: float) -> tuple:
     """Generalised advantage estimation without discount (arXiv 1506.02438, equation 16); (B, T).
 
     delta_t = r_t + V_{t+1} - V_t, A_t = delta_t + lambda A_{t+1}; V and A are 0 behind the last
@@ -455,7 +455,7 @@ def estimate_advantages(batches: list[Batch], lab: Lab) -> dict:
         reward = token_rewards(b.reward, b.old_logp, b.ref_logp, b.mask, cfg.kl_coef)
         b.advantage, b.returns = gae(reward, b.old_value, b.mask, cfg.gae_lambda)
 
-    def moments(values) -> tuple[float, float]:
+    def moments(values) -> tuple:
         """Mean and variance over the tokens of all ranks; all values are 0 outside the mask."""
         x = torch.cat([values(b).flatten() for b in batches] or [torch.zeros(0)]).double()
         count = sum(len(b.kept) for b in batches)
@@ -520,7 +520,7 @@ def restarts(cfg) -> bool:
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(model: GPT, pairs: list, n: int, step: int, lab: Lab) -> tuple[dict, list[dict]]:
+def evaluate(model: GPT, pairs: list, n: int, step: int, lab: Lab) -> tuple:
     """The evaluation row of a model on (question, ids) pairs, and the samples; n counts questions
     that were left out too.
     """

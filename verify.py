@@ -1,8 +1,7 @@
 """Scores completions against gold answers: which format, which answer, right or wrong, and why not.
 
-`python verify.py FILE` prints a table of what any system wrote. Programs run in pydantic-monty, a
-Python interpreter in Rust without files, network or processes; the gold answer never enters it. NOT
-covered: a fault of that interpreter, whose workers have the rights of this process; its clock.
+Programs run in pydantic-monty, a Python in Rust without files, network or processes; the gold
+answer never enters it. NOT covered: a fault of Monty, whose workers have our rights; its clock.
 """
 
 import atexit
@@ -274,8 +273,7 @@ NAME = re.compile(rf"{SYMBOL}(?:\^\{{?-1\}}?)?(?:\([\w,]*\))?|\({SYMBOL}(?:,{SYM
 
 
 class Reader:
-    """Reads an answer and computes it: a Fraction, a float, also a complex one, or a kind with its
-    parts, as in ("(]", 0, 5/2). Raises any exception where it is no mathematics."""
+    """Computes an answer: a number, or a kind and its parts, as ("(]", 0, 5/2). Raises anything."""
 
     def __init__(self, text: str, point: int):
         self.tokens, self.at, self.point = [*TOKEN.findall(text), ""], 0, point
@@ -423,17 +421,20 @@ def score(completion: str, gold: str) -> Score:
     return score_batch([completion], [gold])[0]
 
 
-def score_batch(completions: list[str], golds: list[str],
-                time_limit: float = TIME_LIMIT) -> list[Score]:
+def score_batch(completions: list, golds: list, time_limit=TIME_LIMIT) -> list[Score]:
     """The score of each completion; programs run side by side, each for `time_limit` seconds."""
     texts = [first_problem(text) for text in completions]
     split = [split_format(text) for text in texts]
     programs = [(code, name == "omi1", time_limit) for name, code in split if code]
+    jobs, ran = iter(enumerate(programs)), [None] * len(programs)
+    def work(_):  # one queue for all threads costs less than a future for each program
+        for place, program in jobs:
+            ran[place] = run_program(*program)
     with ThreadPoolExecutor(WORKERS) as threads:
-        ran = iter(list(threads.map(run_program, *zip(*programs))))
-    scores = []
+        list(threads.map(work, programs[:WORKERS]))  # raises what a thread raised
+    scores, results = [], iter(ran)
     for text, gold, (name, code) in zip(texts, map(str, golds), split, strict=True):
-        answer, failure = next(ran) if code else (None, "error" if code == "" else "")
+        answer, failure = next(results) if code else (None, "error" if code == "" else "")
         words = not answer or canonical(answer)[0] == "words" or re.search("[a-z]{2} ", answer)
         if code is None or name == "omi1" and (failure == "blocked" or not failure and words):
             # prose, or a block that shows no value or needs what Monty lacks: the box counts
@@ -456,7 +457,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def vote(answers: list[str | None]) -> int | None:
     """The place of the first of the commonest answers. None does not vote."""
     forms = [None if answer is None else canonical(answer) for answer in answers]
-    votes = collections.Counter(form for form in forms if form is not None)
+    votes = collections.Counter(filter(None, forms))
     return forms.index(votes.most_common(1)[0][0]) if votes else None
 
 
@@ -560,9 +561,8 @@ def gold_answer(value) -> str:
 def main(argv: list[str]) -> None:
     """Prints pass@1, pass@k, maj@k, share and accuracy of each format, and failures by kind."""
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise ValueError("""usage: python verify.py FILE
-FILE: .jsonl or a .json array, also .gz, of objects with completion and gold (an answer or a worked
-solution); of one question's samples, the same id, question and gold; greedy: true for pass@1.""")
+        raise ValueError("""usage: python verify.py FILE, a .jsonl or an array in .json, also .gz:
+objects with completion, gold (also a worked solution), id or question, greedy: true for pass@1""")
     rows, bad, places = [], [], {}
     for number, row in read_rows(argv[0]):
         try:
