@@ -1,10 +1,12 @@
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
 import signal
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import rl
-from data import UserError
+from data import UserError, toy
 from data.tasks import Question
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
@@ -426,6 +428,31 @@ def test_the_log_probs_that_are_trained_are_those_that_were_sampled(base):
     rows, (model, _) = sampled(base, [1, 7, 3]), rl.load_model(base, "cpu")
     logp = Policy(model, 0.7)(batch_of(rows)).sum(dim=1)
     torch.testing.assert_close(logp, torch.tensor([row.logp for row in rows]), atol=1e-4, rtol=0)
+
+
+def test_a_rollout_of_the_paper_s_expert_iteration_is_held_in_1_5_gb(monkeypatch):
+    """478,272 completions of 250 tokens on each rank: without room for padding, ids of 64 bits or
+    a prompt for each."""
+    cfg = parse_config(Config, rl.PRESETS, ["--preset=paper", "--algo=ei"])
+    lab, total = make_lab(cfg, setup_distributed("cpu")), cfg.prompts_per_step * cfg.group_size
+    text = "".join(itertools.islice(toy.corpus("toy-omi1"), 500))
+    ids = torch.tensor(lab.encoding.encode_ordinary(text))  # of four letters, as GPT-2's
+
+    def generated(model, prompts, *rest):
+        first = torch.randint(len(ids) - 1024, (len(prompts), 1))
+        tokens = ids[first + torch.arange(1024)]
+        return tokens, (torch.arange(1024) < 250).expand_as(tokens), torch.zeros(tokens.shape)
+
+    monkeypatch.setattr(rl, "generate", generated)
+    monkeypatch.setattr(rl, "score_batch", lambda texts, *_: [
+        Score(0.0, "text", text[:20], "wrong") for text in texts])
+    pairs = [(Question(str(i), text[:500], "7"), list(range(100))) for i in range(160)]
+    asked = [pair for pair in pairs for _ in range(cfg.group_size)]
+    tracemalloc.start()
+    rows, _ = rl.roll_out(None, asked, ("key",), 1.0, 0.95, lab)
+    held, peak = (size / len(rows) * total for size in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert total == 478_272 and held < 1.5e9 and peak < 4e9, (held, peak)
 
 
 # ---------------------------------------------------------------- runs
