@@ -251,12 +251,6 @@ class GPT(nn.Module):
             return self.head(hidden)
         return -token_logps(hidden.flatten(0, 1), self.head.weight, targets.flatten()).sum()
 
-    def flops_per_token(self) -> float:
-        """FLOPs of forward and backward at full context: 6N + 12 L C T (arXiv 2204.02311, B)."""
-        c, N = self.config, sum(p.numel() for p in self.parameters())
-        N -= 0 if c.tied else self.embed.weight.numel()  # which is looked up, not multiplied
-        return 6 * N + 12 * c.layers * c.width * c.context
-
 
 def sample(logits, temperature, top_p, uniform):
     """One token (B,) for each row of logits (B, V), and its log-prob (B,) in fp32.

@@ -25,7 +25,6 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import UserError, cores, lock, reason
@@ -67,7 +66,6 @@ class Config:
     max_steps: int = 0  # steps of the run and of its schedule; 0: the whole mixture
     eval_every: int = 200  # steps between held-out losses
     save_every: int = 200  # steps between checkpoints
-    keep_every: int = 0  # steps between snapshots of the weights, step_NNNNNN.pt; 0: none
     log_every: int = 20  # steps between metric rows
     seed: int = 0  # of the initialisation and of the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -119,8 +117,6 @@ def main(cfg: Config) -> dict:
         content = json.dumps(manifest, indent=1).encode()
         processes.first(lambda: save(run.folder / "mixture.json", content))
         module = compiled(model, processes.device) if cfg.compile else model
-        # the gradients live in DDP's buckets: no second copy of them
-        ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
         trained, started = 0, time.perf_counter()
         while True:
             if due(cfg.eval_every) and evaluation.get("step") != step and not stopping:
@@ -139,20 +135,19 @@ def main(cfg: Config) -> dict:
             blocks, tokens = fetch(mixture, step, processes)
             warmup = min(cfg.warmup_steps / total, 0.5)
             rate = cfg.learning_rate * schedule((step + 1) / total, warmup, cfg.min_learning_rate)
-            report = train_step(ddp, optimizer, blocks, tokens, rate, cfg, amp, processes)
+            parts = blocks.split(cfg.micro_batch_size)
+            report = update(optimizer, parts, lambda part: next_token_loss(module, part) / tokens,
+                            rate, cfg.grad_clip, amp)
             step, trained = step + 1, trained + tokens
             run.bar.update()
             stopping = run.stopping()
             if due(cfg.log_every):
-                loss, norm = report.tolist()  # the one place where the host waits for the device
+                loss, norm = map(float, report)  # here alone the host waits for the device
                 speed = trained / (time.perf_counter() - started)
                 run.write({"step": step, "kind": "train", "loss": processes.sum(loss)[0],
                            "learning_rate": rate, "grad_norm": norm, "tokens_per_second": speed,
                            "tokens": step * cfg.batch_size * cfg.context})
                 trained, started = 0, time.perf_counter()
-            if due(cfg.keep_every):
-                weights, file = model_state(model, cfg.tokenizer), f"step_{step:06d}.pt"
-                processes.first(lambda: save(run.folder / file, weights))
         if stopping:
             run.say(f"stopped at step {step}: the same command continues it")
     return evaluation
@@ -203,25 +198,27 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def train_step(ddp, optimizer, blocks, tokens: int, rate: float, cfg, amp, processes):
-    """One update, on this rank's blocks (B, T + 1). Returns (2,): its part of the loss, a sum over
-    the `tokens` targets of all ranks so that no way to split a batch changes it, and the norm of
-    the gradient; on the device, for nothing here waits for a GPU.
+def update(optimizer, parts, loss_of, rate: float, grad_clip: float, amp) -> tuple:
+    """One step down the gradient of the sum of loss_of(part) over this rank's micro-batches and
+    all ranks'. A loss is a sum over tokens divided by their number in the global batch, so that no
+    way to split that changes the step. Returns this rank's loss and the norm of the gradient, on
+    the device: nothing here waits for a GPU.
     """
-    total, micro = 0.0, blocks.split(cfg.micro_batch_size)
-    for i, part in enumerate(micro):
-        # forward and backward both inside: DDP decides in the forward whether to reduce
-        with contextlib.nullcontext() if i == len(micro) - 1 else ddp.no_sync():
-            with amp:
-                loss = next_token_loss(ddp, part) / tokens
-            (loss * processes.world).backward()  # DDP averages over ranks
+    total = 0.0
+    for part in parts:
+        with amp:
+            loss = loss_of(part)
+        loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:  # DDP would hide it behind the backward pass: it is little beside that
+        dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)  # else they are made anew, beside DDP's buckets
-    return torch.stack((total, norm))
+    optimizer.zero_grad(set_to_none=False)  # a rank without a part has a gradient to add, too
+    return total, norm
 
 
 def next_token_loss(model, blocks):
@@ -253,10 +250,12 @@ def launch(main, cls, presets: dict) -> None:
     try:
         main(parse_config(cls, presets, sys.argv[1:]))
         dist.destroy_process_group()
-    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+    except (UserError, ImportError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         text = f"{type(error).__name__}: {error}"
         memory = "out of memory: lower --micro_batch_size (rl.py: or --sample_batch_size)"
-        known = {"UserError: ": str(error), "MemoryError": memory, "can't allocate memory": memory,
+        known = {"UserError: ": str(error), "ImportError: ": str(error), "MemoryError": memory,
+                 "No module": f"{error}: pip install -r requirements.txt",
+                 "can't allocate memory": memory,
                  "KeyboardInterrupt": "stopped: the same command starts again",
                  "by peer": "another process of this run has died: its message is the one to read"}
         sentences = [known[part] for part in known if part in text]
@@ -298,7 +297,7 @@ def parse_config(cls, presets: dict, argv: list):
 
 
 RANGES = [  # names, what holds for them, in words; every other number is above 0
-    ("tokens warmup_steps weight_decay max_steps keep_every seed kl_coef eval_temperature",
+    ("tokens warmup_steps weight_decay max_steps seed kl_coef eval_temperature",
      lambda x: 0 <= x < math.inf, "0 or more"),
     ("beta1 beta2 warmup", lambda x: 0 <= x < 1, "0 or more and below 1"),
     ("min_learning_rate gae_lambda", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -380,8 +379,8 @@ def autocast(dtype: str, device):
 
 FREE = (  # what may change when a run continues: no result depends on it, or `inputs` has it
     "run preset config out_dir overwrite data_dir hub init_from questions eval_questions "
-    "micro_batch_size sample_batch_size time_limit compile log_every eval_every save_every "
-    "keep_every").split()
+    "micro_batch_size sample_batch_size time_limit compile log_every eval_every "
+    "save_every").split()
 DIVERGED = ("not all numbers are finite, and the last checkpoint is kept: start again with a lower "
             "--learning_rate and another --out_dir")
 

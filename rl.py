@@ -10,7 +10,6 @@ small), so that no statistic depends on their number.
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
 import time
@@ -20,17 +19,16 @@ from typing import Literal, NamedTuple
 
 from pretrain import (  # first: it sets how threads wait, which torch reads when it is imported
     Run, autocast, check_ranges, compiled, launch, load_model, model_state, save, schedule,
-    setup_distributed)
+    setup_distributed, update)
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import UserError
 from data.mixture import generator, pick_prompts
-from data.tasks import Question, fitting, load_run_questions
+from data.tasks import VERIFIERS, Question, fitting, load_run_questions
 from data.tokenizer import get_tokenizer
 from model import GPT, SharedPrompts, distinct, generate, token_logps
 from verify import FORMATS, Score, score_batch, summarize, table
@@ -97,21 +95,21 @@ PRESETS = {  # every entry applies whose words are among the chosen preset and a
 }
 
 
+def on_policy(cfg) -> bool:
+    return cfg.algo in ("ppo", "grpo", "reinforce")
+
+
 def check(cfg: Config) -> None:
     """Raises UserError on settings that cannot work together, before anything is loaded."""
     check_ranges(cfg)
-    on_policy = cfg.algo in ("ppo", "grpo", "reinforce")
     if cfg.algo in ("grpo", "reinforce") and cfg.group_size < 2:
         raise UserError(f"--group_size=1 gives {cfg.algo} nothing to compare: use 2 or more")
-    if on_policy and cfg.top_p != 1:
+    if on_policy(cfg) and cfg.top_p != 1:
         raise UserError(f"--top_p={cfg.top_p}: {cfg.algo} trains the untruncated distribution, so "
                         "it must sample from it: use --top_p=1")
-    if on_policy and cfg.minibatch_size % cfg.group_size:
+    if on_policy(cfg) and cfg.minibatch_size % cfg.group_size:
         raise UserError(f"--minibatch_size={cfg.minibatch_size} would tear groups apart: use a "
                         f"multiple of --group_size={cfg.group_size}")
-    for package in ("matplotlib", "pydantic_monty"):  # better missed now than later
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is missing: pip install -r requirements.txt")
 
 
 # ---------------------------------------------------------------- the algorithms
@@ -244,9 +242,10 @@ class Row(NamedTuple):
     logp: float  # of the whole completion, as the sampler saw it
 
 
-def roll_out(model: GPT, asked: list, key: tuple, temperature: float, top_p: float, lab: Lab):
-    """Rows for `asked`, a list of (question, ids), and the seconds that took. Each rank samples
-    and verifies its share, all get all.
+def roll_out(model: GPT, asked: list, key: tuple, temperature: float, top_p: float, task: str,
+             lab: Lab):
+    """Rows for `asked`, a list of (question, ids) of a task, and the seconds that took. Each rank
+    samples and verifies its share, all get all.
 
     Every completion has a random generator of its own, seeded by `key` and its place: neither the
     number of ranks nor the size of a batch changes what is sampled.
@@ -271,7 +270,8 @@ def roll_out(model: GPT, asked: list, key: tuple, temperature: float, top_p: flo
         raise Stopped
     sampled, end = time.perf_counter(), lab.encoding.eot_token
     texts = [lab.encoding.decode(ids[ids != end].tolist(), errors="replace") for ids in completions]
-    scores = score_batch(texts, [asked[i][0].gold for i in mine], cfg.time_limit)
+    judge = VERIFIERS.get(task, score_batch)
+    scores = judge(texts, [asked[i][0].gold for i in mine], cfg.time_limit)
     rows = [None] * len(asked)
     for r, share in enumerate(run.processes.gather((completions, texts, scores, logps))):
         rows[r::world] = zip(*share)
@@ -378,29 +378,22 @@ class Trainer:
     """A network and its optimiser."""
 
     def __init__(self, module: nn.Module, peak: float, cfg):
-        self.module, self.called, self.peak, self.grad_clip = module, module, peak, cfg.grad_clip
+        self.module, self.called, self.peak = module, module, peak
         for p in module.parameters():
             p.grad = torch.zeros_like(p)  # so that a rank without rows has one to add
         settings = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.optimizer = torch.optim.AdamW(module.parameters(), peak, **settings)
 
     def update(self, batches: list[Batch], loss, tokens: int, rate: float, lab: Lab):
-        """One optimiser step on the sum of loss(batch) (B, T) over this rank's batches, added up
-        over the ranks and divided by `tokens`, the number in all their minibatch: no split into
-        micro-batches and ranks changes it. Returns the norm of the gradient, on the device.
+        """One step on the mean of loss(batch) (B, T) over the `tokens` of a minibatch, of which
+        this rank has some batches. Returns the norm of the gradient, on the device.
         """
-        for batch in batches:
-            with lab.autocast:
-                token_loss = loss(batch)
-            ((token_loss * batch.mask).sum() / tokens).backward()
-        for p in self.module.parameters():
-            dist.all_reduce(p.grad)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * self.peak
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        return norm
+
+        def mean_loss(batch):
+            return (loss(batch) * batch.mask).sum() / tokens
+
+        peak, clip = self.peak, lab.cfg.grad_clip
+        return update(self.optimizer, batches, mean_loss, rate * peak, clip, lab.autocast)[1]
 
 
 def make_minibatches(rows: list[Row], step: int, lab: Lab) -> list[tuple[list[Batch], int]]:
@@ -475,15 +468,14 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
     """All updates of a rollout, epochs x minibatches; returns the metrics of the training row."""
     cfg, processes, metrics = lab.cfg, lab.run.processes, {}
     minibatches = make_minibatches(rows, step, lab)
-    on_policy = cfg.algo != "ei"  # which never asks what the policy that sampled would say
-    if on_policy:
+    if on_policy(cfg):  # ei never asks what the policy that sampled would say
         batches = [batch for batches, _ in minibatches for batch in batches]
         metrics = look_back(batches, policy, critic, reference, lab)
     updates, norms, critic_norms, seen = cfg.epochs * len(minibatches), [], [], []
 
     def loss_of_policy(batch: Batch) -> torch.Tensor:
         logp = policy.called(batch)
-        if on_policy:  # on the device: nothing here waits for it
+        if on_policy(cfg):  # on the device: nothing here waits for it
             off = ((logp.detach() - batch.old_logp).exp() - 1).abs() * batch.mask
             seen.append(torch.stack(((off > cfg.clip_eps).sum(), batch.mask.sum(), off.max())))
         return policy_loss(batch, logp, cfg)
@@ -504,7 +496,7 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
     if not all(map(math.isfinite, found)):
         raise UserError(f"the gradient is not finite at step {step + 1}: lower --learning_rate in "
                         "another --out_dir; the last checkpoint here is kept")
-    if on_policy:
+    if on_policy(cfg):
         outside, total, _ = processes.sum(*(sum(seen).tolist() if seen else [0] * 3))
         first = max((float(s[2]) for s in seen[: len(minibatches[0][0])]), default=0.0)
         metrics["clip_fraction"] = outside / total
@@ -525,11 +517,12 @@ def evaluate(model: GPT, pairs: list, n: int, step: int, lab: Lab) -> tuple:
     that were left out too.
     """
     cfg, end, samples, seconds = lab.cfg, lab.encoding.eot_token, [], {"sample": 0, "verify": 0}
+    task = cfg.eval_task or cfg.task
     for greedy in (True, False):
         count = 1 if greedy else cfg.eval_k
         asked = [pair for pair in pairs for _ in range(count)]
         key, temperature = (cfg.seed, "eval", greedy), 0.0 if greedy else cfg.eval_temperature
-        rows, took = roll_out(model, asked, key, temperature, cfg.eval_top_p, lab)
+        rows, took = roll_out(model, asked, key, temperature, cfg.eval_top_p, task, lab)
         seconds = {name: seconds[name] + took[name] for name in took}
         samples += [{**row.question._asdict(), "completion": row.text, **row.score._asdict(),
                      "greedy": greedy, "length": len(row.completion), "place": i // count,
@@ -537,7 +530,7 @@ def evaluate(model: GPT, pairs: list, n: int, step: int, lab: Lab) -> tuple:
     # questions are told apart by their place: the id of a file may be anything
     found = summarize([{**sample, "id": sample["place"]} for sample in samples], n)
     length, cut = (float(np.mean([s[f] for s in samples])) for f in ("length", "truncated"))
-    return {"step": step, "kind": "eval", "task": cfg.eval_task or cfg.task, **found,
+    return {"step": step, "kind": "eval", "task": task, **found,
             "too_long": n - len(pairs), "mean_length": length, "truncated": cut,
             "seconds": seconds}, samples
 
@@ -551,21 +544,20 @@ def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    last, k, steps = rows[-1], rows[-1]["k"], [row["step"] for row in rows]
+    last, steps = rows[-1], [row["step"] for row in rows]
     lines = b"".join(json.dumps(sample).encode() + b"\n" for sample in samples)
     save(folder / f"samples_{last['step']:06d}.jsonl", lines)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
     for name in ("pass@k", "maj@k", "pass@1", "sampled_pass@1"):
-        label = name.replace("@k", f"@{k}").replace("_", " ")
-        top.plot(steps, [row[name] for row in rows], marker="o", label=label)
-    title = f"{last['task']}, {last['n']} questions"
+        top.plot(steps, [row[name] for row in rows], marker="o", label=name)
+    title = f"{last['task']}, {last['n']} questions, k = {last['k']}"
     top.set(ylabel="share of questions", ylim=(0, 1), title=title)
     top.legend()
     parts = [row["sampled_formats"] for row in rows]
     shares = [[part.get(name, {"share": 0})["share"] for part in parts] for name in parts[-1]]
     bottom.stackplot(steps, *shares, labels=list(parts[-1]))
-    limits = dict(ylim=(0, 1), xlim=(0, max(1, steps[-1])))
-    bottom.set(ylabel="share of samples", xlabel="RL step", **limits)
+    bottom.set(ylabel="share of samples", xlabel="RL step", ylim=(0, 1),
+               xlim=(0, max(1, steps[-1])))
     bottom.legend(loc="lower left")
     figure.savefig(folder / "echo.tmp", format="png", dpi=120)
     plt.close(figure)
@@ -636,7 +628,8 @@ def main(cfg: Config) -> dict:
                 picked = pick_prompts(len(train), step, cfg.prompts_per_step, cfg.seed)
                 asked = [train[i] for i in picked for _ in range(cfg.group_size)]
                 key = cfg.seed, "rollout", step
-                rows, seconds = roll_out(model, asked, key, cfg.temperature, cfg.top_p, lab)
+                rows, seconds = roll_out(
+                    model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
                 started = time.perf_counter()
                 if restarts(cfg):
                     model.load_state_dict(base.state_dict())

@@ -17,7 +17,8 @@ HUB = {
     "aime": "gneubig/aime-1983-2024/*.csv",
     "aime24": "Maxwell-Jia/AIME_2024/*.parquet",
 }
-NAMES = (*TOY_STEPS, *HUB)
+# a function like verify.score_batch, by the task of which it judges the answers in its place
+VERIFIERS = {}
 
 
 class Question(NamedTuple):
@@ -36,8 +37,8 @@ def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list
 
     `hub` is a folder with the hub's layout, REPOSITORY/FILE; empty, the hub itself is asked.
     """
-    if task not in NAMES:
-        raise UserError(f"unknown task {task!r}: choose from {', '.join(NAMES)}")
+    if task not in (names := [*TOY_STEPS, *HUB]):
+        raise UserError(f"unknown task {task!r}: choose from {', '.join(names)}")
     try:
         if file:
             rows = list(read_rows(file))

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain  # noqa: E402  before torch: it sets how threads wait
 import torch  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import rl as echo  # noqa: E402  for a command is called rl
 from data import UserError, toy  # noqa: E402
@@ -49,6 +48,13 @@ def best_and_median(values) -> tuple[float, float]:
     return values[0], values[len(values) // 2]
 
 
+def flops_per_token(model) -> float:
+    """FLOPs of forward and backward at full context: 6N + 12 L C T (arXiv 2204.02311, B)."""
+    c, N = model.config, sum(p.numel() for p in model.parameters())
+    N -= 0 if c.tied else model.embed.weight.numel()  # which is looked up, not multiplied
+    return 6 * N + 12 * c.layers * c.width * c.context
+
+
 def peak_memory(device: torch.device) -> float:
     """Bytes: what torch has held on a GPU, or the process on a CPU; NaN where no one counts."""
     if device.type == "cuda":
@@ -70,17 +76,18 @@ def train(argv: list[str]) -> None:
     context = pretrain.autocast(cfg.dtype, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     module = pretrain.compiled(model, device) if cfg.compile else model
-    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
     rows = len(range(processes.rank, cfg.batch_size, processes.world))
     blocks = torch.randint(vocab_size, (rows, cfg.context + 1), device=device)
     tokens, seconds = cfg.batch_size * cfg.context, []
     for _ in range(1 + (cfg.max_steps or 10)):
         started = time.perf_counter()
-        report = pretrain.train_step(ddp, optimizer, blocks, tokens, 1e-3, cfg, context, processes)
-        report.tolist()  # waits for a GPU
+        _, norm = pretrain.update(
+            optimizer, blocks.split(cfg.micro_batch_size),
+            lambda part: pretrain.next_token_loss(module, part) / tokens, 1e-3, 1.0, context)
+        norm.item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
     best, median = best_and_median(seconds)
-    N, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token() * tokens / best
+    N, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model) * tokens / best
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for key, peak in PEAKS.items() if key in name), None)  # of a rank, in bf16
     show(f"train --preset={cfg.preset}", {
@@ -191,7 +198,8 @@ def rl(argv: list[str]) -> None:
     echo.score_batch, steps = lambda _, *rest: score_batch(mine, *rest), []
     for step in range(cfg.max_steps + 1):
         key = cfg.seed, "bench", step
-        rows, seconds = echo.roll_out(policy.module.gpt, asked, key, cfg.temperature, 1.0, lab)
+        rows, seconds = echo.roll_out(
+            policy.module.gpt, asked, key, cfg.temperature, 1.0, cfg.task, lab)
         began = time.perf_counter()
         echo.learn(rows, 0, policy, critic, reference, lab)
         seconds["update"] = time.perf_counter() - began

@@ -27,13 +27,15 @@ DAPO = r"""rl.py
 -                picked = pick_prompts(len(train), step, cfg.prompts_per_step, cfg.seed)
 -                asked = [train[i] for i in picked for _ in range(cfg.group_size)]
 -                key = cfg.seed, "rollout", step
--                rows, seconds = roll_out(model, asked, key, cfg.temperature, cfg.top_p, lab)
+-                rows, seconds = roll_out(
+-                    model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
 +                groups, seconds, n = [], {}, cfg.prompts_per_step
 +                for place in range(step * cfg.tries, (step + 1) * cfg.tries):
 +                    picked = pick_prompts(len(train), place, n, cfg.seed)
 +                    asked = [train[i] for i in picked for _ in range(cfg.group_size)]
 +                    key = cfg.seed, "rollout", place
-+                    rows, took = roll_out(model, asked, key, cfg.temperature, cfg.top_p, lab)
++                    rows, took = roll_out(
++                        model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
 +                    seconds = {name: seconds.get(name, 0) + took[name] for name in took}
 +                    groups += zip(*[iter(rows)] * cfg.group_size)
 +                    groups.sort(key=lambda group: len({row.score.reward for row in group}) == 1)
@@ -52,7 +54,8 @@ CURRICULUM = r"""rl.py
 +                order = pick_prompts(len(train), step, len(train), cfg.seed)
 +                order.sort(key=lambda i: rates.get(i) in (0, 1))  # all alike: at the end
 +                picked = order[: cfg.prompts_per_step]
-                 rows, seconds = roll_out(model, asked, key, cfg.temperature, cfg.top_p, lab)
+                 rows, seconds = roll_out(
+                     model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
 +                reward = np.reshape([row.score.reward for row in rows], (-1, cfg.group_size))
 +                rates |= zip(picked, reward.mean(axis=1).tolist())
 -                metrics = learn(rows, step, policy, critic, reference, lab)

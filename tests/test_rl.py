@@ -401,7 +401,7 @@ def sampled(base, numbers, world=1, rank=0, **changes) -> list[Row]:
     model, _ = rl.load_model(base, "cpu")
     questions = [Question("same", f"Ann has {i} apples.", str(i)) for i in numbers]
     asked = [(q, lab.encoding.encode_ordinary(q.question + "\n\n")) for q in questions]
-    return rl.roll_out(model, asked, ("key",), 0.7, 1.0, lab)[0]
+    return rl.roll_out(model, asked, ("key",), 0.7, 1.0, "toy", lab)[0]
 
 
 def test_answers_stay_with_their_questions(base, monkeypatch):
@@ -414,6 +414,13 @@ def test_answers_stay_with_their_questions(base, monkeypatch):
     for row in rows:
         prompt = get_tokenizer("toy").decode(row.prompt)
         assert prompt == f"Ann has {int(row.score.reward)} apples.\n\n"
+
+
+def test_a_task_may_bring_a_judge_of_its_own(base, monkeypatch):
+    monkeypatch.setitem(rl.VERIFIERS, "toy", lambda texts, golds, limit: [
+        Score(0.5, "kind", gold, None) for gold in golds])
+    found = [row.score[:3] for row in sampled(base, [3, 8])]
+    assert found == [(0.5, "kind", "3"), (0.5, "kind", "8")]
 
 
 def test_completions_of_one_question_differ_and_reruns_agree(base):
@@ -449,7 +456,7 @@ def test_a_rollout_of_the_paper_s_expert_iteration_is_held_in_1_5_gb(monkeypatch
     pairs = [(Question(str(i), text[:500], "7"), list(range(100))) for i in range(160)]
     asked = [pair for pair in pairs for _ in range(cfg.group_size)]
     tracemalloc.start()
-    rows, _ = rl.roll_out(None, asked, ("key",), 1.0, 0.95, lab)
+    rows, _ = rl.roll_out(None, asked, ("key",), 1.0, 0.95, "gsm8k", lab)
     held, peak = (size / len(rows) * total for size in tracemalloc.get_traced_memory())
     tracemalloc.stop()
     assert total == 478_272 and held < 1.5e9 and peak < 4e9, (held, peak)
