@@ -25,6 +25,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # while there is no group: its functions would keep it alive to the end
 from tqdm import tqdm
 
 from data import UserError, cores, lock, reason
@@ -211,7 +212,7 @@ def update(optimizer, parts, loss_of, rate: float, grad_clip: float, amp) -> tup
         loss.backward()
         total = total + loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters:  # DDP would hide it behind the backward pass: it is little beside that
+    for p in parameters:  # after the backward pass: DDP would overlap the two, in more code
         dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     for group in optimizer.param_groups:
@@ -250,12 +251,10 @@ def launch(main, cls, presets: dict) -> None:
     try:
         main(parse_config(cls, presets, sys.argv[1:]))
         dist.destroy_process_group()
-    except (UserError, ImportError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         text = f"{type(error).__name__}: {error}"
         memory = "out of memory: lower --micro_batch_size (rl.py: or --sample_batch_size)"
-        known = {"UserError: ": str(error), "ImportError: ": str(error), "MemoryError": memory,
-                 "No module": f"{error}: pip install -r requirements.txt",
-                 "can't allocate memory": memory,
+        known = {"UserError: ": str(error), "MemoryError": memory, "can't allocate memory": memory,
                  "KeyboardInterrupt": "stopped: the same command starts again",
                  "by peer": "another process of this run has died: its message is the one to read"}
         sentences = [known[part] for part in known if part in text]
@@ -379,8 +378,8 @@ def autocast(dtype: str, device):
 
 FREE = (  # what may change when a run continues: no result depends on it, or `inputs` has it
     "run preset config out_dir overwrite data_dir hub init_from questions eval_questions "
-    "micro_batch_size sample_batch_size time_limit compile log_every eval_every "
-    "save_every").split()
+    "micro_batch_size sample_batch_size time_limit compile log_every eval_every save_every"
+).split()
 DIVERGED = ("not all numbers are finite, and the last checkpoint is kept: start again with a lower "
             "--learning_rate and another --out_dir")
 

@@ -10,6 +10,7 @@ small), so that no statistic depends on their number.
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import time
@@ -96,6 +97,7 @@ PRESETS = {  # every entry applies whose words are among the chosen preset and a
 
 
 def on_policy(cfg) -> bool:
+    """Whether updates ask what the policy that sampled would say; imitation does not."""
     return cfg.algo in ("ppo", "grpo", "reinforce")
 
 
@@ -110,6 +112,9 @@ def check(cfg: Config) -> None:
     if on_policy(cfg) and cfg.minibatch_size % cfg.group_size:
         raise UserError(f"--minibatch_size={cfg.minibatch_size} would tear groups apart: use a "
                         f"multiple of --group_size={cfg.group_size}")
+    for package in ("matplotlib", "pydantic_monty"):  # better missed now than later
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is missing: pip install -r requirements.txt")
 
 
 # ---------------------------------------------------------------- the algorithms
@@ -377,7 +382,7 @@ class Critic(nn.Module):
 class Trainer:
     """A network and its optimiser."""
 
-    def __init__(self, module: nn.Module, peak: float, cfg):
+    def __init__(self, module: nn.Module, peak: float):
         self.module, self.called, self.peak = module, module, peak
         for p in module.parameters():
             p.grad = torch.zeros_like(p)  # so that a rank without rows has one to add
@@ -392,8 +397,8 @@ class Trainer:
         def mean_loss(batch):
             return (loss(batch) * batch.mask).sum() / tokens
 
-        peak, clip = self.peak, lab.cfg.grad_clip
-        return update(self.optimizer, batches, mean_loss, rate * peak, clip, lab.autocast)[1]
+        return update(self.optimizer, batches, mean_loss, rate * self.peak, lab.cfg.grad_clip,
+                      lab.autocast)[1]
 
 
 def make_minibatches(rows: list[Row], step: int, lab: Lab) -> list[tuple[list[Batch], int]]:
@@ -468,7 +473,7 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
     """All updates of a rollout, epochs x minibatches; returns the metrics of the training row."""
     cfg, processes, metrics = lab.cfg, lab.run.processes, {}
     minibatches = make_minibatches(rows, step, lab)
-    if on_policy(cfg):  # ei never asks what the policy that sampled would say
+    if on_policy(cfg):
         batches = [batch for batches, _ in minibatches for batch in batches]
         metrics = look_back(batches, policy, critic, reference, lab)
     updates, norms, critic_norms, seen = cfg.epochs * len(minibatches), [], [], []
@@ -586,8 +591,8 @@ def main(cfg: Config) -> dict:
     test = fitting("test", test_set, encoding, room, cfg.max_new_tokens)
     inputs = {"base": base, "train questions": train_set, "test questions": test_set}
     amp = autocast(cfg.dtype, processes.device)
-    policy = Trainer(Policy(copy.deepcopy(base), cfg.temperature), cfg.learning_rate, cfg)
-    critic = cfg.algo == "ppo" and Trainer(Critic(base), cfg.critic_learning_rate, cfg)
+    policy = Trainer(Policy(copy.deepcopy(base), cfg.temperature), cfg.learning_rate)
+    critic = cfg.algo == "ppo" and Trainer(Critic(base), cfg.critic_learning_rate)
     model, reference = policy.module.gpt, Policy(base, cfg.temperature)
     if cfg.compile:  # dynamic: no two batches have the same shape
         policy.called = compiled(policy.module, processes.device, dynamic=True)

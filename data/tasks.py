@@ -17,8 +17,7 @@ HUB = {
     "aime": "gneubig/aime-1983-2024/*.csv",
     "aime24": "Maxwell-Jia/AIME_2024/*.parquet",
 }
-# a function like verify.score_batch, by the task of which it judges the answers in its place
-VERIFIERS = {}
+VERIFIERS = {}  # task -> a function to call in place of verify.score_batch: texts, golds, seconds
 
 
 class Question(NamedTuple):

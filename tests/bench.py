@@ -48,13 +48,6 @@ def best_and_median(values) -> tuple[float, float]:
     return values[0], values[len(values) // 2]
 
 
-def flops_per_token(model) -> float:
-    """FLOPs of forward and backward at full context: 6N + 12 L C T (arXiv 2204.02311, B)."""
-    c, N = model.config, sum(p.numel() for p in model.parameters())
-    N -= 0 if c.tied else model.embed.weight.numel()  # which is looked up, not multiplied
-    return 6 * N + 12 * c.layers * c.width * c.context
-
-
 def peak_memory(device: torch.device) -> float:
     """Bytes: what torch has held on a GPU, or the process on a CPU; NaN where no one counts."""
     if device.type == "cuda":
@@ -87,7 +80,10 @@ def train(argv: list[str]) -> None:
         norm.item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
     best, median = best_and_median(seconds)
-    N, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model) * tokens / best
+    N, looked_up = (sum(p.numel() for p in part.parameters()) for part in (model, model.embed))
+    # forward and backward, 6N + 12 L C T a token (arXiv 2204.02311, B); no product looks up
+    multiplied = 6 * (N - looked_up * (not cfg.tied)) + 12 * cfg.layers * cfg.width * cfg.context
+    flops = multiplied * tokens / best
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for key, peak in PEAKS.items() if key in name), None)  # of a rank, in bf16
     show(f"train --preset={cfg.preset}", {
@@ -186,8 +182,8 @@ def rl(argv: list[str]) -> None:
     base = pretrain.build_model(shape, encoding.n_vocab, processes.device)
     nothing = mock.Mock(processes=processes, stop_seen=False, **{"stopping.return_value": False})
     lab = echo.Lab(cfg, nothing, encoding, pretrain.autocast(cfg.dtype, processes.device))
-    policy = echo.Trainer(echo.Policy(copy.deepcopy(base), cfg.temperature), 1e-4, cfg)
-    critic = cfg.algo == "ppo" and echo.Trainer(echo.Critic(base), 1e-4, cfg)
+    policy = echo.Trainer(echo.Policy(copy.deepcopy(base), cfg.temperature), 1e-4)
+    critic = cfg.algo == "ppo" and echo.Trainer(echo.Critic(base), 1e-4)
     reference, rng = echo.Policy(base, cfg.temperature), random.Random(0)
     stories = list(itertools.islice(toy.problems("train", 0), cfg.prompts_per_step))
     asked = [(Question("", "", str(story.values[-1])), [rng.randrange(800) for _ in range(48)])

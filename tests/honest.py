@@ -3,7 +3,7 @@
 from textwrap import dedent, indent
 
 
-def tinygsm(body: str, doc: str = "", before: str = "", behind: str = "") -> str:
+def tinygsm(body: str, before: str = "", behind: str = "", doc: str = "") -> str:
     """A TinyGSM function with this body and docstring, and what stands before and behind it."""
     doc = f'"""\n{doc}\n"""\n' if doc else ""
     before, body = (dedent(text).strip("\n") for text in (before, body))
@@ -12,7 +12,7 @@ def tinygsm(body: str, doc: str = "", before: str = "", behind: str = "") -> str
 
 
 def omi1(*blocks: str, closing: str) -> str:
-    """Code blocks with their introduction, and the closing sentence."""
+    """Code blocks with their introduction, and what closes them."""
     blocks = [f"<llm-code>\n{dedent(code).strip()}\n</llm-code>\n" for code in blocks]
     return "Let's solve this problem using Python code.\n" + "".join(blocks) + closing
 
@@ -32,37 +32,31 @@ HELPER = "def rest(total, *used):\n    return total - sum(used)"
 
 PLAIN = {
     "four_lines": (tinygsm(EGGS), "18"),
-    "docstring": (tinygsm(EGGS, QUESTION), "18"),
+    "docstring": (tinygsm(EGGS, doc=QUESTION), "18"),
     "docstring_in_single_quotes": (tinygsm("'''\nHow many eggs?\n'''\n" + EGGS), "18"),
     "docstring_at_the_margin": (
         'def simple_math_problem() -> int:\n    """\nHow many eggs?\ndef of rest: 9.\n    """\n'
         "    return 9 * 2", "18"),
     "comments_and_blank_lines": (
-        tinygsm("# eggs that are left\neggs = 16 - 3 - 4  # 9\n\n\n# dollars\nreturn eggs * 2"),
-        "18"),
+        tinygsm("# eggs left\neggs = 16 - 3 - 4  # 9\n\n\n# dollars\nreturn eggs * 2"), "18"),
     "gold_with_commas": (tinygsm("return 80_000 + 50_000 - 60_000"), "70,000"),
     "negative_answer": (tinygsm("return 3 - 8"), "-5"),
     "float_with_cents": (tinygsm("total = 3 * 4.15\nreturn total"), "12.45"),
     "round_to_cents": (tinygsm("return round(100 / 7, 2)"), "14.29"),
     "string_of_digits": (tinygsm("return str(6 * 3)"), "18"),
-    "name_of_a_day": (tinygsm("days = ['Monday', 'Tuesday', 'Wednesday']\nreturn days[16 % 7 - 1]"),
-                      "Tuesday"),
-    "loop": (tinygsm("total = 0\nfor day in range(1, 10**5 + 1):\n    total += day\nreturn total"),
-             "5000050000"),
+    "name_of_a_day": (tinygsm("days = ['Monday', 'Tuesday']\nreturn days[16 % 7 - 1]"), "Tuesday"),
+    "loop": (tinygsm("total = 0\nfor i in range(10**5):\n    total += 2\nreturn total"), "200000"),
     "class": (
         tinygsm("""
             class Shop:
                 tax = 2
-                def __init__(self, price, count):
-                    self.price = price
-                    self.count = count
-                def total(self):
-                    return self.price * self.count + self.tax
+                def __init__(self, price, count): self.price, self.count = price, count
+                def total(self): return self.price * self.count + self.tax
             shop = Shop(4, 3)
             shop.count += 1
             return shop.total()
         """), "18"),
-    "carriage_returns": (tinygsm(EGGS, QUESTION).replace("\n", "\r\n"), "18"),
+    "carriage_returns": (tinygsm(EGGS, doc=QUESTION).replace("\n", "\r\n"), "18"),
     "accented_names": (tinygsm("prix_du_café = 9\nreturn prix_du_café * 2  # 18 €"), "18"),
 }
 
@@ -70,9 +64,8 @@ SURROUNDED = {
     "helper_before": (tinygsm("return rest(16, 3, 4) * 2", before=HELPER), "18"),
     "constants_before": (tinygsm("return EGGS * PRICE", before="EGGS = 9\nPRICE = 2"), "18"),
     "cached_fibonacci": (
-        tinygsm("return f(50)",
-                before="import functools\n\n\n@functools.lru_cache(maxsize=None)\ndef f(n):\n"
-                "    return n if n < 2 else f(n - 1) + f(n - 2)"), "12586269025"),
+        tinygsm("return f(50)", "import functools\n\n\n@functools.lru_cache(maxsize=None)\n"
+                "def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)"), "12586269025"),
     "another_name": ("def solve():\n    return 9 * 2", "18"),
     "main_guard_behind": (
         tinygsm(EGGS, behind='\n\nif __name__ == "__main__":\n    print(simple_math_problem())'),
@@ -88,15 +81,11 @@ SURROUNDED = {
 MODULES = {
     "math_ceil_imported": ("from math import ceil, gcd", "ceil(100 / 12) * gcd(4, 6)", "18"),
     "math_pi": ("import math", "round(math.pi * 2**2, 2)", "12.57"),
-    "days_between_dates": (
-        "from datetime import date", "(date(2024, 3, 1) - date(2024, 2, 12)).days", "18"),
-    "counter": ("from collections import Counter", "Counter('mississippi').most_common(1)[0][1]",
-                "4"),
+    "dates": ("from datetime import date", "(date(2024, 3, 1) - date(2024, 2, 12)).days", "18"),
+    "counter": ("from collections import Counter", "Counter('aab').most_common(1)[0][1]", "2"),
     "named_tuple": (
-        "from collections import namedtuple\n\nItem = namedtuple('Item', 'price count')",
-        "Item(price=3, count=6).price * 6", "18"),
-    "numbers_in_a_text": (
-        "import re", "sum(int(n) for n in re.findall(r'\\d+', '16 and 2'))", "18"),
+        "from collections import namedtuple", "namedtuple('Item', 'a b')(a=3, b=6).b * 3", "18"),
+    "numbers_in_a_text": ("import re", "sum(map(int, re.findall(r'\\d+', '16 and 2')))", "18"),
     "random_with_a_seed": ("import random\n\nrandom.seed(7)",
                            "18 if 1 <= random.randint(1, 6) <= 6 else 0", "18"),
 }
@@ -124,8 +113,7 @@ BLOCKS = {
 # ---------------------------------------------------------------- prose
 
 PROSE = {
-    "steps_and_a_box": ("She has 16 - 3 = 13 eggs. 13 - 4 = 9. So $9 \\times 2 = \\boxed{18}$.",
-                        "18"),
+    "steps_and_a_box": ("She has 16 - 7 = 9 eggs. So $9 \\times 2 = \\boxed{18}$.", "18"),
     "hashes": ("She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $18.\n#### 18", "18"),
     "sentence": ("She has 9 eggs left and sells each for $2. The answer is 18.", "18"),
     "box_with_dollars": ("She makes \\boxed{\\$18} a day.", "18"),
@@ -133,8 +121,7 @@ PROSE = {
     "box_with_a_name": ("Hence $\\boxed{x = 5}$.", "5"),
     "box_with_a_decimal": ("It is \\boxed{0.75}.", "\\frac{3}{4}"),
     "box_with_degrees": ("The angle is $\\boxed{90^\\circ}$.", "90"),
-    "box_with_a_pair": ("It is $\\boxed{\\left(3, \\frac{\\pi}{2}\\right)}$.",
-                        "\\left( 3, \\frac{\\pi}{2} \\right)"),
+    "box_with_a_pair": ("It is $\\boxed{\\left(3, \\pi\\right)}$.", "\\left( 3, \\pi \\right)"),
     "box_with_a_word": ("It is a \\boxed{\\text{Monday}}.", "Monday"),
     "definition": ("By definition the mean is 36 / 2. Hence \\boxed{18}.", "18"),
     "line_that_starts_with_def": ("Here\ndef means definition, and so it is \\boxed{18}.", "18"),

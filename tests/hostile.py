@@ -6,24 +6,12 @@ MARK, a process that sleeps for half a minute and the end of the process that ra
 """
 
 import re
-from textwrap import dedent, indent
+
+from honest import omi1, tinygsm
 
 MARK = "verify_was_here"  # no file of this name may exist afterwards: here, in /tmp or /dev/shm
 MODULES = "collections datetime decimal fractions functools itertools math random re statistics \
 string sympy".split()
-
-
-def tinygsm(body: str, before: str = "", behind: str = "") -> str:
-    """A TinyGSM function with this body, and what stands before and behind it."""
-    before, body = (dedent(text).strip("\n") for text in (before, body))
-    function = "def simple_math_problem() -> int:\n" + indent(body, "    ")
-    return (before + "\n\n" if before else "") + function + behind
-
-
-def omi1(*blocks: str, closing: str = "So the answer is \\boxed{42}.") -> str:
-    """Code blocks, and the sentence that claims the answer."""
-    blocks = [f"<llm-code>\n{dedent(code).strip()}\n</llm-code>\n" for code in blocks]
-    return "".join(blocks) + closing
 
 
 def imports(expression: str) -> str:
@@ -61,31 +49,16 @@ GADGETS = {
 CODE = {name: reach(expression) for name, expression in GADGETS.items()} | {
     "os_system": tinygsm(f"import os\nos.system('touch /tmp/{MARK}')\nreturn 42"),
     "fork_so_that_two_answer": tinygsm("import os\nos.fork()\nreturn 42"),
-    "exec_of_another_program": tinygsm("""
-        import os
-        os.execv("/bin/echo", ["echo", '["", "42"]'])
-    """),
-    "daemon_that_outlives_the_program": tinygsm("""
-        import os, time
-        if os.fork() == 0:
-            os.setsid()
-            time.sleep(30)
-            os._exit(0)
-        return 42
-    """),
+    "exec_of_another_program": tinygsm(
+        """import os\nos.execv("/bin/echo", ["echo", '["", "42"]'])"""),
+    "daemon_that_outlives_the_program": tinygsm(
+        "if os.fork() == 0:\n    os.setsid()\n    time.sleep(30)\nreturn 42", "import os, time"),
     "kill_of_the_parent": tinygsm("import os\nos.kill(os.getppid(), 9)\nreturn 42"),
-    "import_whose_failure_is_caught": tinygsm("""
-        try:
-            import socket
-        except Exception:
-            socket = None
-        return 42 if socket else 7
-    """),
-    "thread_that_goes_on": tinygsm("""
-        import threading
-        threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()
-        return 42
-    """),
+    "import_whose_failure_is_caught": tinygsm(
+        "try:\n    import socket\n    return 42\nexcept Exception:\n    return 7"),
+    "thread_that_goes_on": tinygsm(
+        "threading.Thread(target=lambda: list(iter(int, 1))).start()\nreturn 42",
+        "import threading"),
     "sleep": tinygsm("import time\ntime.sleep(100)\nreturn 42"),
     "file_read": tinygsm("return 42 if open('/etc/passwd').read() else 7"),
     "file_written": tinygsm(f"open('/tmp/{MARK}', 'w').write('42')\nreturn 42"),
@@ -106,30 +79,14 @@ EXPENSES = {
 
 LOOPS = {name: spend(expression) for name, expression in EXPENSES.items()} | {
     "loop": tinygsm("while True:\n    pass\nreturn 42"),
-    "loop_that_catches_everything": tinygsm("""
-        while True:
-            try:
-                while True:
-                    pass
-            except:
-                return 42
-    """),
-    "loop_that_catches_memory_errors": tinygsm("""
-        x = []
-        while True:
-            try:
-                x.append([0] * 10**7)
-            except MemoryError:
-                continue
-    """),
-    "loop_of_finally": tinygsm("""
-        while True:
-            try:
-                return 42
-            finally:
-                continue
-    """),
-    "loop_in_a_block": omi1("while True:\n    pass"),
+    "loop_that_catches_everything": tinygsm(
+        "try:\n    while True:\n        pass\nexcept:\n    return 42"),
+    "loop_that_catches_memory_errors": tinygsm(
+        "x = []\nwhile True:\n    try:\n        x += [0] * 10**7\n    except MemoryError:\n"
+        "        continue"),
+    "loop_of_finally": tinygsm(
+        "while True:\n    try:\n        return 42\n    finally:\n        continue"),
+    "loop_in_a_block": omi1("while True:\n    pass", closing="It is \\boxed{42}."),
     "loop_of_prints": tinygsm("while True:\n    print('42' * 1000)"),
     "recursion_without_end": tinygsm("return 42 + 0 * simple_math_problem()"),
     "number_too_long_to_print": tinygsm("return 42 * 10**200000"),
@@ -145,18 +102,15 @@ CHEATS = {
     "object_that_claims_a_class": liar("", "__class__ = int; __str__ = lambda x: '42'"),
     "exit_with_the_answer": tinygsm("raise SystemExit(42)"),
     "error_with_the_answer": tinygsm("assert False, 42"),
-    "result_written_to_every_file": tinygsm("""
-        import os
-        for fd in range(64):
-            os.write(fd, b'["", "42"]\\n')
-    """),
+    "result_written_to_every_file": tinygsm(
+        "for fd in range(64):\n    os.write(fd, b'[\"\", \"42\"]\\n')", "import os"),
     "result_returned_as_a_pair": tinygsm("return ('', '42')"),
     "surrogate": tinygsm("return '\\ud800'"),
     "only_a_comment": tinygsm("# The answer is 42.\npass"),
     "own_docstring": tinygsm('"""42"""\nreturn simple_math_problem.__doc__'),
     "only_prints_prose": tinygsm("print('The answer is 42.')"),
     "failed_code_before_a_box": tinygsm("return apples", behind="\n\nSo it is \\boxed{42}."),
-    "failed_block_before_a_box": omi1("1 / 0"),
+    "failed_block_before_a_box": omi1("1 / 0", closing="It is \\boxed{42}."),
     "cut_in_an_expression": tinygsm("return 42 +"),
     "cut_in_a_block": "<llm-code>\n6 * 7\n\nSo the answer is \\boxed{42}.",
     "cut_in_a_box": "So the answer is \\boxed{42",

@@ -73,8 +73,8 @@ FORMAT = r"""verify.py
 """
 SCRIPT = """
 import sys, rl
-right, verify = sys.argv.pop(1), rl.score_batch
-rl.score_batch = lambda texts, golds, limit: verify(
+right = sys.argv.pop(1)
+rl.VERIFIERS["toy"] = lambda texts, golds, limit: rl.score_batch(
     [right % gold if i % 2 or gold in "02468" else text
      for i, (text, gold) in enumerate(zip(texts, golds))], golds, limit)
 rl.launch(rl.main, rl.Config, rl.PRESETS)
@@ -107,6 +107,10 @@ def test_dynamic_sampling_and_a_higher_upper_clip_are_a_short_fork(base, tmp_pat
     *trained, _ = forked(tmp_path, base, DAPO, clip_eps=0.999, clip_eps_high=1e-9)
     assert [row["informative"] for row in trained] == [1, 1, 1]
     assert all(0 < row["clip_fraction"] < 1 for row in trained)
+    clip = "import torch, rl; new, r = torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0])\n"
+    clip += "print(rl.clipped(new, new * 0, r, 0.1, 0.3).tolist())"
+    found = subprocess.check_output([sys.executable, "-c", clip], cwd=tmp_path, text=True)
+    assert [round(loss, 4) for loss in json.loads(found)] == [-1.3, 0.9]
 
 
 def test_a_curriculum_that_leaves_what_is_solved_is_a_short_fork(base, tmp_path):

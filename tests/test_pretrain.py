@@ -256,23 +256,19 @@ class Spy(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def trained(micro_batch_size: int, processes=CPU, steps=1):
-    """Weights after steps of descent, places of the last gradients, and what a spy has seen."""
+def trained(micro_batch_size: int, processes=CPU):
+    """Weights after a step of descent, and what a spy has seen."""
     torch.manual_seed(0)
     shape = dict(vocab_size=30, context=16, width=16, layers=1, heads=2, init_std=0.2)
     model = GPT(GPTConfig(**shape)).double()
-    blocks, places, spy = torch.randint(30, (6, 17)), [], Spy()
+    blocks, spy = torch.randint(30, (6, 17)), Spy()
     blocks[4] = -1  # the padding of a last batch: were micro-batches averaged, splits would differ
     mine, optimizer = blocks[processes.rank :: processes.world], torch.optim.SGD(model.parameters())
     loss = lambda part: pretrain.next_token_loss(model, part) / 80
     plain = pretrain.autocast("float32", CPU.device)
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: places.append(p.grad.data_ptr()))
-    for _ in range(steps):
-        places.clear()
-        with spy:
-            pretrain.update(optimizer, mine.split(micro_batch_size), loss, 1.0, 1e9, plain)
-    return list(model.parameters()), places, spy.names
+    with spy:
+        pretrain.update(optimizer, mine.split(micro_batch_size), loss, 1.0, 1e9, plain)
+    return list(model.parameters()), spy.names
 
 
 def save_trained(rank: int) -> None:
@@ -291,13 +287,33 @@ def test_the_gradient_is_the_same_for_every_split_into_ranks_and_micro_batches(t
             torch.testing.assert_close(found, whole, atol=1e-12, rtol=1e-12)
 
 
-def test_a_training_step_waits_for_no_device_and_keeps_its_gradients_where_they_are():
+def test_a_training_step_waits_for_no_device():
     """A .item() would idle a GPU until the host answers."""
     pretrain.setup_distributed("cpu")
-    weights, places, names = trained(2, steps=4)
+    _, names = trained(2)
     assert "mm" in names and not names & {"_local_scalar_dense", "nonzero"}
-    assert len(places) == 3 * len(weights)
-    assert set(places) == {weight.grad.data_ptr() for weight in weights}
+
+
+def test_a_step_goes_as_far_as_the_clipped_gradient_and_the_norm_is_that_before():
+    pretrain.setup_distributed("cpu")
+    weight, slope = torch.zeros(2, requires_grad=True), torch.tensor([3.0, 4.0])
+    loss, plain = lambda part: part * (weight @ slope + 1), pretrain.autocast("float32", CPU.device)
+    found = pretrain.update(torch.optim.SGD([weight]), [0.5, 0.5], loss, 0.1, 2.0, plain)
+    torch.testing.assert_close([*map(float, found), *weight.tolist()], [1.0, 5.0, -0.12, -0.16])
+
+
+def test_no_thread_of_the_process_group_outlives_it():
+    """An optimiser imports torch.distributed.nn, whose functions then hold the group for good: one
+    run in fifty ended with "terminate called without an active exception", status 134."""
+    script = """import gc, weakref, pretrain, torch, torch.distributed as dist
+pretrain.setup_distributed("cpu")
+weight = torch.ones(1, requires_grad=True)
+weight.sum().backward()
+torch.optim.AdamW([weight], fused=True).step()
+group = weakref.ref(dist.group.WORLD)
+dist.destroy_process_group()
+assert gc.collect() >= 0 and group() is None"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_fp32_master_weights_move_at_a_learning_rate_of_1e_6(gpt):
@@ -418,10 +434,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
     with pytest.raises(UserError, match="not all numbers are finite.*another --out_dir"):
         pretrain.main(settings(tmp_path, data_dir, **every))
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    assert checkpoint(tmp_path)["step"] == kept
-    for file in tmp_path.glob("*.pt"):
-        state = torch.load(file, weights_only=True)
-        assert all(weight.isfinite().all() for weight in state["model"].values())
+    state = checkpoint(tmp_path)
+    assert state["step"] == kept and all(w.isfinite().all() for w in state["model"].values())
 
 
 @pytest.mark.parametrize("size, file", [(20_000, "ckpt.pt"), (300, "metrics.jsonl")])

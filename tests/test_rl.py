@@ -244,8 +244,8 @@ def learned(processes=CPU, layers=2, rows=None, hook=None, **changes) -> tuple[l
                     "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "kl_coef": 0.1,
                     "temperature": 0.7, **changes})
     gpt = make_gpt(layers=layers).double()  # Adam makes much of rounding where a gradient is 0
-    policy = Trainer(Policy(gpt, 0.7), cfg.learning_rate, cfg)
-    critic = cfg.algo == "ppo" and Trainer(Critic(gpt), cfg.critic_learning_rate, cfg)
+    policy = Trainer(Policy(gpt, 0.7), cfg.learning_rate)
+    critic = cfg.algo == "ppo" and Trainer(Critic(gpt), cfg.critic_learning_rate)
     trainers = [trainer for trainer in (policy, critic) if trainer]
     for trainer in trainers if hook else ():
         hook(trainer)
@@ -350,8 +350,8 @@ def test_an_update_never_waits_for_the_device():
     assert not set.union(*(spy.names for spy in spies)) & {"_local_scalar_dense", "nonzero"}
 
 
-SPREAD = {  # over two ranks: three groups in minibatches of two and one, of which rank 1 has none
-    "ppo": dict(algo="ppo", minibatch_size=8), "grpo": dict(algo="grpo"),
+SPREAD = {  # over two ranks: three groups in minibatches of two and one; of one rank 1 has none
+    "ppo": dict(algo="ppo", minibatch_size=8), "grpo": dict(algo="grpo", minibatch_size=4),
     "reinforce": dict(algo="reinforce", minibatch_size=8), "ei": dict(algo="ei", minibatch_size=2),
 }
 
@@ -382,8 +382,8 @@ def test_each_algorithm_learns_the_token_that_is_rewarded(algo, steps):
     gpt = GPT(GPTConfig(vocab_size=9, context=4, width=16, layers=1, heads=2, init_std=0.1))
     cfg = Config(algo=algo, group_size=64, kl_coef=0.0, max_steps=steps, learning_rate=1e-2,
                  epochs=40 if algo == "ei" else 1)
-    policy, reference = Trainer(Policy(gpt, 1.0), 1e-2, cfg), Policy(make_gpt(), 1.0)
-    critic = algo == "ppo" and Trainer(Critic(gpt), cfg.critic_learning_rate, cfg)
+    policy, reference = Trainer(Policy(gpt, 1.0), 1e-2), Policy(make_gpt(), 1.0)
+    critic = algo == "ppo" and Trainer(Critic(gpt), cfg.critic_learning_rate)
     for step in range(steps):
         p = gpt(torch.tensor([[1]]))[0, -1].softmax(-1).detach()
         arms = p.multinomial(64, True, generator=torch.Generator().manual_seed(step)).tolist()
@@ -414,13 +414,6 @@ def test_answers_stay_with_their_questions(base, monkeypatch):
     for row in rows:
         prompt = get_tokenizer("toy").decode(row.prompt)
         assert prompt == f"Ann has {int(row.score.reward)} apples.\n\n"
-
-
-def test_a_task_may_bring_a_judge_of_its_own(base, monkeypatch):
-    monkeypatch.setitem(rl.VERIFIERS, "toy", lambda texts, golds, limit: [
-        Score(0.5, "kind", gold, None) for gold in golds])
-    found = [row.score[:3] for row in sampled(base, [3, 8])]
-    assert found == [(0.5, "kind", "3"), (0.5, "kind", "8")]
 
 
 def test_completions_of_one_question_differ_and_reruns_agree(base):
@@ -673,6 +666,16 @@ def test_a_run_goes_on_only_with_the_base_and_the_questions_that_it_began_with(
     torch.save(state, weights)
     with pytest.raises(UserError, match="content of base"):
         rl.main(cfg)
+
+
+def test_a_task_may_bring_a_judge_of_its_own(base, questions, tmp_path, monkeypatch):
+    for task, reward in (("math", 1.0), ("toy", 0.5)):
+        monkeypatch.setitem(rl.VERIFIERS, task, lambda texts, golds, limit, reward=reward: [
+            Score(reward, "kind", gold, None) for gold in golds])
+    files = dict(questions=questions, eval_questions=questions, task="math", eval_task="toy")
+    rl.main(settings(tmp_path, base, "grpo", max_steps=1, **files))
+    _, trained, evaluated = rows_of(tmp_path)
+    assert trained["reward"] == trained["share_kind"] == 1 and evaluated["pass@1"] == 0.5
 
 
 def test_eval_reads_any_questions_and_counts_those_that_are_too_long(base, tmp_path, capsys):
