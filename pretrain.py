@@ -46,7 +46,7 @@ class Config:
     data_dir: str = "out/data"  # token files
     hub: str = ""  # a folder with the hub's layout, to read in its place
     tokenizer: Literal["toy", "gpt2"] = "toy"  # the shipped one, or GPT-2's with single digits
-    mix: str = "toy-tinygsm,toy-omi1,toy-omi2:1.3"  # NAME[:PASSES],... or NAME:PERCENT%,...
+    mix: str = "toy-tinygsm,toy-omi1@div=sub,toy-omi2:1.3"  # NAME[:PASSES],... or NAME:PERCENT%,...
     tokens: float = 0  # budget of a mixture in percent; a mixture in passes has its own
     context: int = 256  # tokens of a sequence, at least those of a prompt and its completion
     width: int = 96  # of the residual stream
@@ -58,7 +58,7 @@ class Config:
     batch_size: int = 8  # sequences of the global batch, all ranks together
     micro_batch_size: int = 8  # sequences of one forward pass on one rank
     learning_rate: float = 6e-3  # at the end of the warm-up
-    min_learning_rate: float = 0.1  # at the end of the cosine, as a fraction of learning_rate
+    min_learning_rate: float = 0.01  # at the end of the cosine, as a fraction of learning_rate
     warmup_steps: int = 50  # in which the learning rate rises
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.99  # of AdamW
@@ -76,8 +76,8 @@ class Config:
 
 # the study's models (OLMo's configuration); smaller ones, with an eighth of the batch
 PAPER = dict(tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, batch_size=512,
-             micro_batch_size=16, learning_rate=1e-3, beta2=0.95, warmup_steps=5000,
-             eval_every=1000, save_every=1000, compile=True)
+             micro_batch_size=16, learning_rate=1e-3, min_learning_rate=0.1, beta2=0.95,
+             warmup_steps=5000, eval_every=1000, save_every=1000, compile=True)
 SMALL = dict(PAPER, context=1024, batch_size=128, warmup_steps=500, eval_every=500, save_every=500)
 PRESETS = {
     "tiny": {},

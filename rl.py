@@ -65,8 +65,8 @@ class Config:
     gae_lambda: float = 1.0  # ppo: of generalised advantage estimation
     restart_from_base: bool = True  # ei: each round trains the base; false: the last policy
     grad_clip: float = 1.0  # largest norm of a gradient
-    max_steps: int = 36  # rollouts, each with its updates; ei: rounds
-    eval_every: int = 6  # steps between evaluations
+    max_steps: int = 48  # rollouts, each with its updates; ei: rounds
+    eval_every: int = 8  # steps between evaluations
     eval_k: int = 8  # samples a question for pass@k and maj@k
     eval_temperature: float = 1.0  # of those samples
     eval_top_p: float = 1.0  # nucleus of those samples
