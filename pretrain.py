@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "20m", "60m", "150m", "1b"] = "tiny"  # fills in what PRESETS names
+    preset: Literal["tiny", "narrow", "wide", "20m", "60m", "150m", "1b"] = "tiny"  # see PRESETS
     config: str = ""  # a .json of these fields, such as another run's config.json
     out_dir: str = "out/pretrain"  # the run's folder
     overwrite: bool = False  # true deletes the files in out_dir and starts afresh
@@ -80,7 +80,9 @@ PAPER = dict(tokenizer="gpt2", context=2048, rope_base=10000.0, init_std=0.02, b
              warmup_steps=5000, eval_every=1000, save_every=1000, compile=True)
 SMALL = dict(PAPER, context=1024, batch_size=128, warmup_steps=500, eval_every=500, save_every=500)
 PRESETS = {
-    "tiny": {},
+    "tiny": {},  # from here init_std goes with 1 / sqrt(width), the learning rate with 1 / width
+    "narrow": dict(width=48, heads=3, init_std=0.14),  # (arXiv 2203.03466), but not above 6e-3
+    "wide": dict(width=192, heads=12, init_std=0.07, learning_rate=3e-3),
     "20m": dict(SMALL, width=256, layers=8, heads=4, learning_rate=2e-3),
     "60m": dict(SMALL, width=512, layers=8, heads=8),
     "150m": dict(PAPER, width=768, layers=12, heads=12, tied=False),

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,11 +29,12 @@ import torch.nn as nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import UserError
+from data.files import write_atomically
 from data.mixture import generator, pick_prompts
 from data.tasks import VERIFIERS, Question, fitting, load_run_questions
 from data.tokenizer import get_tokenizer
 from model import GPT, SharedPrompts, distinct, generate, token_logps
-from verify import FORMATS, Score, score_batch, summarize, table
+from verify import Score, score_batch, shares, summarize, table
 
 
 @dataclass
@@ -255,8 +257,8 @@ def roll_out(model: GPT, asked: list, key: tuple, temperature: float, top_p: flo
     Every completion has a random generator of its own, seeded by `key` and its place: neither the
     number of ranks nor the size of a batch changes what is sampled.
     """
-    cfg, run, started = lab.cfg, lab.run, time.perf_counter()
-    rank, world = run.processes.rank, run.processes.world
+    cfg, run, end, started = lab.cfg, lab.run, lab.encoding.eot_token, time.perf_counter()
+    rank, world, _ = run.processes
     seeds = generator(*key).integers(2**63, size=len(asked))
     mine, completions, logps = range(rank, len(asked), world), [], []
     for first in range(0, len(mine), cfg.sample_batch_size):
@@ -266,14 +268,14 @@ def roll_out(model: GPT, asked: list, key: tuple, temperature: float, top_p: flo
         generators = [torch.Generator().manual_seed(int(seeds[i])) for i in part]
         with lab.autocast:
             tokens, mask, logp = generate(
-                model, [asked[i][1] for i in part], cfg.max_new_tokens, lab.encoding.eot_token,
-                generators, temperature, top_p)
+                model, [asked[i][1] for i in part], cfg.max_new_tokens, end, generators,
+                temperature, top_p)
         kept = zip(tokens.int().cpu().numpy(), mask.cpu().numpy())
         completions += [row[real] for row, real in kept]
         logps += logp.sum(dim=1).tolist()
     if run.stopping():
         raise Stopped
-    sampled, end = time.perf_counter(), lab.encoding.eot_token
+    sampled = time.perf_counter()
     texts = [lab.encoding.decode(ids[ids != end].tolist(), errors="replace") for ids in completions]
     judge = VERIFIERS.get(task, score_batch)
     scores = judge(texts, [asked[i][0].gold for i in mine], cfg.time_limit)
@@ -287,13 +289,12 @@ def roll_out(model: GPT, asked: list, key: tuple, temperature: float, top_p: flo
 def describe(rows: list[Row], cfg, end: int) -> dict:
     """The metrics of a rollout itself."""
     reward = np.array([row.score.reward for row in rows]).reshape(-1, cfg.group_size)
-    lengths, formats = [len(row.completion) for row in rows], [row.score.format for row in rows]
-    names = dict.fromkeys((*FORMATS, *formats))
-    shares = {f"share_{name}": formats.count(name) / len(rows) for name in names}
+    lengths, parts = [len(row.completion) for row in rows], [row.score._asdict() for row in rows]
     return {"reward": reward.mean(), "length": np.mean(lengths),
             "truncated": np.mean([row.completion[-1] != end for row in rows]),
             "informative": np.mean(reward.max(axis=1) > reward.min(axis=1)),
-            "entropy": -sum(row.logp for row in rows) / sum(lengths), **shares}
+            "entropy": -sum(row.logp for row in rows) / sum(lengths),
+            **{f"share_{name}": part["share"] for name, part in shares(parts).items()}}
 
 
 # ---------------------------------------------------------------- networks
@@ -393,12 +394,9 @@ class Trainer:
         """One step on the mean of loss(batch) (B, T) over the `tokens` of a minibatch, of which
         this rank has some batches. Returns the norm of the gradient, on the device.
         """
-
-        def mean_loss(batch):
-            return (loss(batch) * batch.mask).sum() / tokens
-
-        return update(self.optimizer, batches, mean_loss, rate * self.peak, lab.cfg.grad_clip,
-                      lab.autocast)[1]
+        return update(self.optimizer, batches,
+                      lambda batch: (loss(batch) * batch.mask).sum() / tokens,
+                      rate * self.peak, lab.cfg.grad_clip, lab.autocast)[1]
 
 
 def make_minibatches(rows: list[Row], step: int, lab: Lab) -> list[tuple[list[Batch], int]]:
@@ -456,8 +454,8 @@ def estimate_advantages(batches: list[Batch], lab: Lab) -> dict:
     def moments(values) -> tuple:
         """Mean and variance over the tokens of all ranks; all values are 0 outside the mask."""
         x = torch.cat([values(b).flatten() for b in batches] or [torch.zeros(0)]).double()
-        count = sum(len(b.kept) for b in batches)
-        total, square, n = processes.sum(float(x.sum()), float((x**2).sum()), count)
+        total, square, n = processes.sum(
+            float(x.sum()), float((x**2).sum()), sum(len(b.kept) for b in batches))
         return total / n, max(square / n - (total / n) ** 2, 0.0)
 
     mean, variance = moments(lambda b: b.advantage)
@@ -506,8 +504,8 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
         first = max((float(s[2]) for s in seen[: len(minibatches[0][0])]), default=0.0)
         metrics["clip_fraction"] = outside / total
         metrics["ratio_max_dev"] = max(processes.gather(first))
-    metrics["grad_norm"] = max(found[: max(1, len(norms))])
-    return {**metrics, "lr": policy.optimizer.param_groups[0]["lr"]}
+    return {**metrics, "grad_norm": max(found[: max(1, len(norms))]),
+            "lr": policy.optimizer.param_groups[0]["lr"]}
 
 
 def restarts(cfg) -> bool:
@@ -521,52 +519,65 @@ def evaluate(model: GPT, pairs: list, n: int, step: int, lab: Lab) -> tuple:
     """The evaluation row of a model on (question, ids) pairs, and the samples; n counts questions
     that were left out too.
     """
-    cfg, end, samples, seconds = lab.cfg, lab.encoding.eot_token, [], {"sample": 0, "verify": 0}
+    cfg, end, samples, seconds = lab.cfg, lab.encoding.eot_token, [], Counter()
     task = cfg.eval_task or cfg.task
     for greedy in (True, False):
         count = 1 if greedy else cfg.eval_k
         asked = [pair for pair in pairs for _ in range(count)]
         key, temperature = (cfg.seed, "eval", greedy), 0.0 if greedy else cfg.eval_temperature
         rows, took = roll_out(model, asked, key, temperature, cfg.eval_top_p, task, lab)
-        seconds = {name: seconds[name] + took[name] for name in took}
+        seconds.update(took)  # adds
         samples += [{**row.question._asdict(), "completion": row.text, **row.score._asdict(),
                      "greedy": greedy, "length": len(row.completion), "place": i // count,
                      "truncated": bool(row.completion[-1] != end)} for i, row in enumerate(rows)]
     # questions are told apart by their place: the id of a file may be anything
     found = summarize([{**sample, "id": sample["place"]} for sample in samples], n)
     length, cut = (float(np.mean([s[f] for s in samples])) for f in ("length", "truncated"))
+    if on_policy(cfg):
+        found["optimal_shares"] = optimal_shares(samples[len(pairs) :], cfg.kl_coef)
     return {"step": step, "kind": "eval", "task": task, **found,
             "too_long": n - len(pairs), "mean_length": length, "truncated": cut,
             "seconds": seconds}, samples
+
+
+def optimal_shares(samples: list[dict], beta: float) -> dict[str, dict]:
+    """Shares of the formats where E[r] - beta KL is largest, from samples of the base: over all
+    policies, where each of a question's samples weighs e^(r / beta) (arXiv 2510.20817); over those
+    that only re-weigh formats, where it weighs e^(accuracy of its format / beta).
+    """
+    beta, found = max(beta, 0.002), shares(samples)  # e^500 is a number
+    place, reward, formats = (
+        np.array([sample[key] for sample in samples]) for key in ("place", "reward", "format"))
+    tilt = np.exp(reward / beta)
+    weights = {"full tilt": tilt / np.bincount(place, tilt)[place],
+               "re-weighting": np.exp([found[f]["accuracy"] / beta for f in formats])}
+    return {name: {f: {"share": np.average(formats == f, weights=weight)} for f in found}
+            for name, weight in weights.items()}
 
 
 def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
     """Writes the last evaluation's samples, and echo.png, which shows all of them: above pass@1,
     maj@k and pass@k against steps, below the shares of the formats, stacked.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     last, steps = rows[-1], [row["step"] for row in rows]
     lines = b"".join(json.dumps(sample).encode() + b"\n" for sample in samples)
     save(folder / f"samples_{last['step']:06d}.jsonl", lines)
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     for name in ("pass@k", "maj@k", "pass@1", "sampled_pass@1"):
         top.plot(steps, [row[name] for row in rows], marker="o", label=name)
-    title = f"{last['task']}, {last['n']} questions, k = {last['k']}"
-    top.set(ylabel="share of questions", ylim=(0, 1), title=title)
+    top.set(ylabel="share of questions", ylim=(0, 1),
+            title=f"{last['task']}, {last['n']} questions, k = {last['k']}")
     top.legend()
     parts = [row["sampled_formats"] for row in rows]
-    shares = [[part.get(name, {"share": 0})["share"] for part in parts] for name in parts[-1]]
-    bottom.stackplot(steps, *shares, labels=list(parts[-1]))
+    areas = [[part.get(name, {"share": 0})["share"] for part in parts] for name in parts[-1]]
+    bottom.stackplot(steps, *areas, labels=list(parts[-1]))
     bottom.set(ylabel="share of samples", xlabel="RL step", ylim=(0, 1),
                xlim=(0, max(1, steps[-1])))
     bottom.legend(loc="lower left")
-    figure.savefig(folder / "echo.tmp", format="png", dpi=120)
-    plt.close(figure)
-    (folder / "echo.tmp").replace(folder / "echo.png")
+    write_atomically(folder / "echo.png", lambda file: figure.savefig(file, dpi=120))
 
 
 # ---------------------------------------------------------------- the run
@@ -583,14 +594,12 @@ def main(cfg: Config) -> dict:
     name = f"eval-{cfg.eval_task or cfg.task}" if cfg.algo == "eval" else cfg.algo
     cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or f"out/{name}")
     processes, total = setup_distributed(cfg.device), 0 if cfg.algo == "eval" else cfg.max_steps
-    files = cfg.questions, cfg.eval_questions
-    train_set, test_set = load_run_questions(cfg.task, cfg.eval_task, *files, cfg.hub, total > 0)
+    train_set, test_set = load_run_questions(cfg.task, cfg.eval_task, cfg.questions,
+                                             cfg.eval_questions, cfg.hub, total > 0)
     base, tokenizer = load_model(cfg.init_from, processes.device)
     encoding, room = get_tokenizer(tokenizer), base.config.context
     train = fitting("train", train_set, encoding, room, cfg.max_new_tokens)
     test = fitting("test", test_set, encoding, room, cfg.max_new_tokens)
-    inputs = {"base": base, "train questions": train_set, "test questions": test_set}
-    amp = autocast(cfg.dtype, processes.device)
     policy = Trainer(Policy(copy.deepcopy(base), cfg.temperature), cfg.learning_rate)
     critic = cfg.algo == "ppo" and Trainer(Critic(base), cfg.critic_learning_rate)
     model, reference = policy.module.gpt, Policy(base, cfg.temperature)
@@ -600,8 +609,10 @@ def main(cfg: Config) -> dict:
     if critic:
         parts |= {"critic": critic.module, "critic_optimizer": critic.optimizer}
 
+    inputs = {"base": base, "train questions": train_set, "test questions": test_set}
     with Run(cfg, processes, total, inputs) as run:
-        step, evaluations, lab = 0, [], Lab(cfg, run, encoding, amp)
+        step, evaluations = 0, []
+        lab = Lab(cfg, run, encoding, autocast(cfg.dtype, processes.device))
         if state := run.load():
             step, evaluations = state["step"], state["evaluations"]
             for name, part in parts.items():
@@ -614,14 +625,14 @@ def main(cfg: Config) -> dict:
 
         def save_run() -> None:
             states = {name: part.state_dict() for name, part in parts.items()}
-            progress = {"step": step, "evaluations": evaluations}
-            run.save({**model_state(model, tokenizer), **states, **progress})
+            run.save({**model_state(model, tokenizer), **states, "step": step,
+                      "evaluations": evaluations})
 
         try:
             while True:
                 if step in snapshot_steps(total):
-                    file, weights = f"step_{step:06d}.pt", model_state(model, tokenizer)
-                    processes.first(lambda: save(run.folder / file, weights))
+                    processes.first(lambda: save(run.folder / f"step_{step:06d}.pt",
+                                                 model_state(model, tokenizer)))
                 due = step % cfg.eval_every == 0 or step == total
                 if due and step not in (row["step"] for row in evaluations):
                     row, samples = evaluate(model, test, len(test_set), step, lab)
@@ -632,9 +643,8 @@ def main(cfg: Config) -> dict:
                     break
                 picked = pick_prompts(len(train), step, cfg.prompts_per_step, cfg.seed)
                 asked = [train[i] for i in picked for _ in range(cfg.group_size)]
-                key = cfg.seed, "rollout", step
-                rows, seconds = roll_out(
-                    model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
+                rows, seconds = roll_out(model, asked, (cfg.seed, "rollout", step),
+                                         cfg.temperature, cfg.top_p, cfg.task, lab)
                 started = time.perf_counter()
                 if restarts(cfg):
                     model.load_state_dict(base.state_dict())
@@ -658,7 +668,10 @@ def main(cfg: Config) -> dict:
         first, last = evaluations[0], evaluations[-1]
         run.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; "
                 f"{run.folder}/echo.png\n")
-        run.say(table({f"step {row['step']}": row for row in (first, last)}))
+        columns = {f"step {row['step']}": row for row in (first, last)}
+        for name, parts in first.get("optimal_shares", {}).items():
+            columns[name] = dict(summarize([]), sampled_formats=parts)
+        run.say(table(columns))
         return last
 
 

@@ -472,7 +472,7 @@ def shares(rows: list[dict]) -> dict:
     rewards = {name: [] for name in FORMATS}
     for row in rows:  # a format that a fork of this project adds counts too
         rewards.setdefault(row["format"], []).append(row["reward"])
-    return {name: {"share": len(found) / max(1, len(rows)),
+    return {name: {"share": len(found) / len(rows) if rows else None,
                    "accuracy": sum(found) / len(found) if found else None}
             for name, found in rewards.items()}
 
@@ -519,7 +519,7 @@ def table(columns: dict[str, dict]) -> str:
     for group, title in (("formats", "greedy"), ("sampled_formats", "sampled")):
         for name in dict.fromkeys(name for summary in summaries for name in summary[group]):
             found = [summary[group].get(name) or shares([])["text"] for summary in summaries]
-            cells = [f"{percent(f['share'])}, {percent(f['accuracy']):>6}" for f in found]
+            cells = [f"{percent(f['share'])}, {percent(f.get('accuracy')):>6}" for f in found]
             lines.append([f"{title} {name}: share, accuracy", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
