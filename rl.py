@@ -551,8 +551,8 @@ def optimal_shares(samples: list[dict], beta: float) -> dict[str, dict]:
     tilt = np.exp(reward / beta)
     weights = {"full tilt": tilt / np.bincount(place, tilt)[place],
                "re-weighting": np.exp([found[f]["accuracy"] / beta for f in formats])}
-    return {name: {f: {"share": np.average(formats == f, weights=weight)} for f in found}
-            for name, weight in weights.items()}
+    return {name: {f: {"share": float(np.average(formats == f, weights=weight))}
+                   for f in found} for name, weight in weights.items()}
 
 
 def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
@@ -565,7 +565,7 @@ def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
     lines = b"".join(json.dumps(sample).encode() + b"\n" for sample in samples)
     save(folder / f"samples_{last['step']:06d}.jsonl", lines)
     figure = Figure(figsize=(7, 7), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    top, bottom = figure.subplots(2, sharex=True)
     for name in ("pass@k", "maj@k", "pass@1", "sampled_pass@1"):
         top.plot(steps, [row[name] for row in rows], marker="o", label=name)
     top.set(ylabel="share of questions", ylim=(0, 1),
@@ -573,7 +573,7 @@ def publish(folder: Path, samples: list[dict], rows: list[dict]) -> None:
     top.legend()
     parts = [row["sampled_formats"] for row in rows]
     areas = [[part.get(name, {"share": 0})["share"] for part in parts] for name in parts[-1]]
-    bottom.stackplot(steps, *areas, labels=list(parts[-1]))
+    bottom.stackplot(steps, *areas, labels=parts[-1])
     bottom.set(ylabel="share of samples", xlabel="RL step", ylim=(0, 1),
                xlim=(0, max(1, steps[-1])))
     bottom.legend(loc="lower left")

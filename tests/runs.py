@@ -1,0 +1,213 @@
+"""Runs of both scripts for tests/claims.py: made once, killed and continued, several at a time.
+
+They are made under out/claims, one thread each. A record keeps the figures of every finished run:
+what is in it is not made again.
+"""
+
+import ast
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of every run: with the number of threads its bits change
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pretrain  # noqa: E402  before torch: it sets how threads wait
+from tqdm import tqdm  # noqa: E402
+
+import rl as echo  # noqa: E402
+from data import UserError, tasks, toy  # noqa: E402
+from data.files import write_atomically  # noqa: E402
+from data.mixture import parse_mix  # noqa: E402
+from data.prepare import prepare  # noqa: E402
+from verify import FORMATS, pass_at_k, score_batch, shares  # noqa: E402
+
+FOLDER = Path("out/claims")
+
+
+def by_lot(texts: list, golds: list, seconds: float) -> list:
+    """A judge that knows formats, and rewards two completions in five, whichever they are."""
+    lot = random.Random(repr(texts))  # of all of them: a text says nothing about its reward
+    return [score._replace(reward=float(lot.random() < 0.4))
+            for score in score_batch(texts, golds, seconds)]
+
+
+tasks.TOY_STEPS["toy-random"], tasks.VERIFIERS["toy-random"] = tasks.TOY_STEPS["toy"], by_lot
+
+
+# ---------------------------------------------------------------- runs
+class Run(NamedTuple):
+    """A run of a script, but for its seed, which it shares with the run that it starts from."""
+
+    script: str  # "pretrain" or "rl"; "losses": held-out losses of the corpora under the parent
+    flags: tuple  # (name, value) pairs
+    parent: "Run | None" = None
+    file: str = ""  # of the parent's folder, in place of its last checkpoint
+
+    def name(self, seed: int) -> str:
+        kind = dict(self.flags).get("algo", self.script)
+        return f"{kind}-{zlib.crc32(repr(self).encode()):08x}-{seed}"
+
+    def argv(self, seed: int) -> list[str]:
+        flags = dict(self.flags, seed=seed, out_dir=FOLDER / self.name(seed))
+        if self.parent:
+            flags["init_from"] = FOLDER / self.parent.name(seed) / self.file
+        return [f"--{name}={value}" for name, value in flags.items()]
+
+    def family(self) -> list["Run"]:
+        return [*(self.parent.family() if self.parent else ()), self]
+
+
+def base(mix: str = pretrain.Config.mix, **flags) -> Run:
+    return Run("pretrain", (("mix", mix), *flags.items()))
+
+
+def tune(parent: Run, algo: str = "ppo", n: int = 1024, file: str = "", **flags) -> Run:
+    """RL, or with "eval" an evaluation alone: of n unseen questions, 4 samples each."""
+    asked = f"{FOLDER}/{flags.get('eval_task') or flags.get('task', 'toy')}-{n}.jsonl"
+    settled = dict(algo=algo, eval_questions=asked, eval_k=4, eval_every=1000)
+    return Run("rl", tuple((settled | flags).items()), parent, file)
+
+
+def write_questions(task: str, n: int) -> None:
+    """Unseen problems; the id of one is its kind: which of * and / it has."""
+    stream = toy.problems("test", seed=2000, steps=tasks.TOY_STEPS[task])
+    rows = [{"id": "".join(op for op in "*/" if op in dict(p.chain)) or "+", "question": p.question,
+             "answer": p.values[-1]} for p in itertools.islice(stream, n)]
+    save(FOLDER / f"{task}-{n}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def work(job: tuple[str, Run, int]) -> tuple[str, dict]:
+    """Makes a run, or continues it, in a process of its own; returns its name and its figures."""
+    (name, run, seed), started = job, time.perf_counter()
+    folder = FOLDER / name
+    with (open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
+        try:
+            figures = losses(run, seed) if run.script == "losses" else train(run, seed, folder)
+        finally:
+            if pretrain.dist.is_initialized():
+                pretrain.dist.destroy_process_group()
+    return name, {"minutes": round((time.perf_counter() - started) / 60, 2), **figures}
+
+
+def config(run: Run, seed: int):
+    script = {"pretrain": pretrain, "rl": echo}[run.script]
+    argv = run.argv(seed) + [f"--data_dir={FOLDER}/data"] * (run.script == "pretrain")
+    return script.main, pretrain.parse_config(script.Config, script.PRESETS, argv)
+
+
+def train(run: Run, seed: int, folder: Path) -> dict:
+    main, cfg = config(run, seed)
+    main(cfg)
+    rows = read_rows(folder / "metrics.jsonl")
+    ends = [row for row in rows if row["kind"] == "eval"]
+    step = pretrain.load_checkpoint(folder / "ckpt.pt", "cpu")["step"]
+    if not ends or ends[-1]["step"] < step or step == 0 and dict(run.flags)["algo"] != "eval":
+        raise UserError("stopped: the same command continues")
+    if run.script == "pretrain":
+        return {"loss": ends[-1]["loss"]}
+    first, last = (measure(row, folder) for row in (ends[0], ends[-1]))
+    path = {f: [round(row[f"share_{f}"], 3) for row in rows if row["kind"] == "train"]
+            for f in FORMATS}
+    return {"start": first, "end": last, "path": path}
+
+
+def losses(run: Run, seed: int) -> dict:
+    """Held-out nats a token of the parent's weights, on each corpus that its base has read."""
+    _, cfg = config(run.family()[0], seed)
+    processes = pretrain.setup_distributed(cfg.device)
+    model, _ = pretrain.load_model(FOLDER / run.parent.name(seed), processes.device)
+    patient = SimpleNamespace(processes=processes, stopping=lambda: False)
+    amp, mixture = contextlib.nullcontext(), pretrain.load_mixture(cfg, processes)
+    return {"loss": pretrain.held_out_losses(model, mixture, 8, amp, patient)}
+
+
+def read_rows(file: Path) -> list[dict]:
+    return list(map(json.loads, file.read_text().splitlines()))
+
+
+def measure(row: dict, folder: Path) -> dict:
+    """What is kept of an evaluation."""
+    samples, groups = read_rows(folder / f"samples_{row['step']:06d}.jsonl"), {}
+    samples = [s for s in samples if not s["greedy"]]
+    for s in samples:
+        groups.setdefault(s["place"], []).append(int(s["reward"]))
+    passes = {str(k): statistics.mean(pass_at_k(row["k"], sum(g), k) for g in groups.values())
+              for k in (1, 2, 4, 8, 16, 32, 64) if k <= row["k"]}
+    code = ['"""' in s["completion"] for s in samples if s["format"] == "tinygsm"]
+    return {"n": row["n"], "greedy": row["pass@1"], "maj@k": row["maj@k"], "pass@": passes,
+            "formats": shares(samples), "optimal": row.get("optimal_shares", {}),
+            "kinds": {kind: shares([s for s in samples if s["id"] == kind]) for kind in "+*/"},
+            "docstrings": sum(code) / len(code) if code else None}
+
+
+def leave_with(parent: int) -> None:
+    """In a worker: ends it when the process that started it is gone; its checkpoint is kept."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def missing(runs: list[Run], seeds: int, record: dict) -> dict[str, tuple[Run, int]]:
+    """What is to be made before these runs' figures are known, parents first."""
+    jobs = {}
+
+    def add(run: Run, seed: int, for_child: bool) -> None:
+        name = run.name(seed)
+        if name not in record or for_child and not (FOLDER / name / "ckpt.pt").exists():
+            if run.parent:
+                add(run.parent, seed, for_child=True)
+            jobs[name] = run, seed
+
+    for run in runs:
+        for seed in range(seeds):
+            add(run, seed, for_child=False)
+    return jobs
+
+
+def make(jobs: dict, count: int, record: dict, file: Path) -> None:
+    """Makes the jobs, `count` at a time, and writes the record as each is finished."""
+    for run, _ in jobs.values():  # here, not in several processes at once
+        for corpus in parse_mix(dict(run.flags).get("mix", "toy-omi2"))[0]:
+            prepare(corpus, "toy", FOLDER / "data")
+    for task, n in (("toy", 1024), ("toy", 512), ("toy-hard", 1024)):
+        write_questions(task, n)
+    spawn = multiprocessing.get_context("spawn")
+    with (spawn.Pool(count, leave_with, (os.getpid(),)) as pool,
+          tqdm(total=len(jobs), unit="run") as bar):
+        for depth in (1, 2, 3):  # parents before their children
+            level = [(name, *job) for name, job in jobs.items() if len(job[0].family()) == depth]
+            for name, figures in pool.imap_unordered(work, level):
+                command = f"{jobs[name][0].script}.py " + " ".join(jobs[name][0].argv(jobs[name][1]))
+                record[name] = {"command": command, "code": code(), **figures}
+                lines = (f"{json.dumps(n)}: {json.dumps(x)}" for n, x in sorted(record.items()))
+                save(file, "{\n" + ",\n".join(lines) + "\n}\n")
+                bar.update()
+
+
+def code() -> str:
+    """Checksum of what the four files do, whatever their comments say."""
+    trees = (ast.dump(ast.parse((ROOT / f"{name}.py").read_text()))
+             for name in ("model", "pretrain", "verify", "rl"))
+    return f"{zlib.crc32(''.join(trees).encode()):08x}"
