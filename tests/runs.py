@@ -4,7 +4,6 @@ They are made under out/claims, one thread each. A record keeps the figures of e
 what is in it is not made again.
 """
 
-import ast
 import contextlib
 import itertools
 import json
@@ -28,13 +27,15 @@ import pretrain  # noqa: E402  before torch: it sets how threads wait
 from tqdm import tqdm  # noqa: E402
 
 import rl as echo  # noqa: E402
-from data import UserError, tasks, toy  # noqa: E402
+from data import UserError, lock, tasks, toy  # noqa: E402
 from data.files import write_atomically  # noqa: E402
 from data.mixture import parse_mix  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from verify import FORMATS, pass_at_k, score_batch, shares  # noqa: E402
 
 FOLDER = Path("out/claims")
+FILES = [(ROOT / f"{name}.py").read_bytes() for name in ("model", "pretrain", "verify", "rl")]
+CODE = f"{zlib.crc32(b''.join(FILES)):08x}"  # whose figures they are
 
 
 def by_lot(texts: list, golds: list, seconds: float) -> list:
@@ -81,22 +82,23 @@ def tune(parent: Run, algo: str = "ppo", n: int = 1024, file: str = "", **flags)
     return Run("rl", tuple((settled | flags).items()), parent, file)
 
 
-def write_questions(task: str, n: int) -> None:
-    """Unseen problems; the id of one is its kind: which of * and / it has."""
+def write_questions(file: Path) -> None:
+    """Unseen problems, TASK-N.jsonl; the id of one is its kind: which of * and / it has."""
+    task, _, n = file.stem.rpartition("-")
     stream = toy.problems("test", seed=2000, steps=tasks.TOY_STEPS[task])
     rows = [{"id": "".join(op for op in "*/" if op in dict(p.chain)) or "+", "question": p.question,
-             "answer": p.values[-1]} for p in itertools.islice(stream, n)]
-    save(FOLDER / f"{task}-{n}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+             "answer": p.values[-1]} for p in itertools.islice(stream, int(n))]
+    save(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def work(job: tuple[str, Run, int]) -> tuple[str, dict]:
+def work(job: tuple[Run, int]) -> tuple[str, dict]:
     """Makes a run, or continues it, in a process of its own; returns its name and its figures."""
-    (name, run, seed), started = job, time.perf_counter()
-    folder = FOLDER / name
+    (run, seed), started = job, time.perf_counter()
+    folder = FOLDER / run.name(seed)
     with (open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log),
           contextlib.redirect_stderr(log)):
         try:
@@ -104,7 +106,9 @@ def work(job: tuple[str, Run, int]) -> tuple[str, dict]:
         finally:
             if pretrain.dist.is_initialized():
                 pretrain.dist.destroy_process_group()
-    return name, {"minutes": round((time.perf_counter() - started) / 60, 2), **figures}
+    command = f"{run.script}.py {' '.join(run.argv(seed))}"
+    minutes = round((time.perf_counter() - started) / 60, 2)
+    return folder.name, {"command": command, "code": CODE, "minutes": minutes, **figures}
 
 
 def config(run: Run, seed: int):
@@ -169,45 +173,35 @@ def leave_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def missing(runs: list[Run], seeds: int, record: dict) -> dict[str, tuple[Run, int]]:
-    """What is to be made before these runs' figures are known, parents first."""
+def make(wanted: list[Run], seeds: int, count: int, record: dict, file: Path) -> None:
+    """Makes the runs that the record lacks, `count` at a time; writes it as each is finished."""
     jobs = {}
 
-    def add(run: Run, seed: int, for_child: bool) -> None:
+    def need(run: Run, seed: int, for_child: bool = False) -> None:
         name = run.name(seed)
         if name not in record or for_child and not (FOLDER / name / "ckpt.pt").exists():
             if run.parent:
-                add(run.parent, seed, for_child=True)
+                need(run.parent, seed, for_child=True)
             jobs[name] = run, seed
 
-    for run in runs:
-        for seed in range(seeds):
-            add(run, seed, for_child=False)
-    return jobs
-
-
-def make(jobs: dict, count: int, record: dict, file: Path) -> None:
-    """Makes the jobs, `count` at a time, and writes the record as each is finished."""
-    for run, _ in jobs.values():  # here, not in several processes at once
-        for corpus in parse_mix(dict(run.flags).get("mix", "toy-omi2"))[0]:
-            prepare(corpus, "toy", FOLDER / "data")
-    for task, n in (("toy", 1024), ("toy", 512), ("toy-hard", 1024)):
-        write_questions(task, n)
-    spawn = multiprocessing.get_context("spawn")
-    with (spawn.Pool(count, leave_with, (os.getpid(),)) as pool,
-          tqdm(total=len(jobs), unit="run") as bar):
-        for depth in (1, 2, 3):  # parents before their children
-            level = [(name, *job) for name, job in jobs.items() if len(job[0].family()) == depth]
-            for name, figures in pool.imap_unordered(work, level):
-                command = f"{jobs[name][0].script}.py " + " ".join(jobs[name][0].argv(jobs[name][1]))
-                record[name] = {"command": command, "code": code(), **figures}
-                lines = (f"{json.dumps(n)}: {json.dumps(x)}" for n, x in sorted(record.items()))
-                save(file, "{\n" + ",\n".join(lines) + "\n}\n")
-                bar.update()
-
-
-def code() -> str:
-    """Checksum of what the four files do, whatever their comments say."""
-    trees = (ast.dump(ast.parse((ROOT / f"{name}.py").read_text()))
-             for name in ("model", "pretrain", "verify", "rl"))
-    return f"{zlib.crc32(''.join(trees).encode()):08x}"
+    for run, seed in itertools.product(wanted, range(seeds)):
+        need(run, seed)
+    if not jobs:
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as held, tqdm(total=len(jobs), unit="run") as bar:
+        if not lock(held):
+            raise UserError(f"another process works in {FOLDER}: wait for it")
+        for flags in {run.flags: dict(run.flags) for run, _ in jobs.values()}.values():
+            for corpus in parse_mix(flags["mix"])[0] if "mix" in flags else ():
+                prepare(corpus, "toy", FOLDER / "data")  # once, not in several processes
+            if "eval_questions" in flags:
+                write_questions(Path(flags["eval_questions"]))
+        with multiprocessing.get_context("spawn").Pool(count, leave_with, (os.getpid(),)) as pool:
+            for depth in (1, 2, 3):  # parents before their children
+                level = [job for job in jobs.values() if len(job[0].family()) == depth]
+                for name, figures in pool.imap_unordered(work, level):
+                    record[name] = figures
+                    lines = (f"{json.dumps(n)}: {json.dumps(x)}" for n, x in sorted(record.items()))
+                    save(file, "{\n" + ",\n".join(lines) + "\n}\n")
+                    bar.update()
