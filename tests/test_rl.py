@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import rl
+from conftest import Spy
 from data import UserError, toy
 from data.tasks import Question
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from pretrain import autocast, compiled, parse_config, save, setup_distributed
 from rl import Batch, Config, Critic, Lab, Policy, Row, Trainer
-from test_pretrain import CPU, SERVER, Spy, at, deaths, raise_signals, rows_of, run
+from test_pretrain import CPU, SERVER, at, deaths, raise_signals, rows_of, run
 from verify import Score
 
 QUICK = dict(max_steps=3, prompts_per_step=4, group_size=2, max_new_tokens=24, minibatch_size=4,

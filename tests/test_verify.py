@@ -99,22 +99,17 @@ def test_shares_sum_to_one_whatever_the_completions_and_formats():
 # ---------------------------------------------------------------- equality
 
 
-def equality_cases() -> dict[str, list[tuple[str, bool, str]]]:
-    """Cases of equality.txt by their kind: prediction, whether it is right, gold."""
-    cases, kind = {}, ""
-    for line in Path(__file__).with_name("equality.txt").read_text("utf-8").splitlines():
-        if line.startswith("# "):
-            kind = line[2:]
-        elif line:
-            prediction, sign, gold = re.split("  (==|!=)  ", line, maxsplit=1)
-            cases.setdefault(kind, []).append((prediction, sign == "==", gold))
-    return cases
+def equality_cases() -> dict[str, list[str]]:
+    """The lines of equality.txt by their kind: a prediction, == or !=, a gold answer."""
+    text = Path(__file__).with_name("equality.txt").read_text("utf-8")
+    _, *parts = re.split("^# (.*)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], map(str.splitlines, parts[1::2])))
 
 
 @pytest.mark.parametrize("kind", equality_cases())
 def test_equality_accepts_what_is_equal_and_nothing_else(kind):
-    cases = equality_cases()[kind]
-    assert [(p, g, right) for p, right, g in cases if equal(p, g) != right] == []
+    cases = [re.split("  (==|!=)  ", line, maxsplit=1) for line in equality_cases()[kind]]
+    assert [case for case in cases if equal(case[0], case[2]) != (case[1] == "==")] == []
 
 
 @pytest.mark.parametrize("text", [
