@@ -57,11 +57,15 @@ def base(tmp_path_factory, data_dir) -> str:
     return folder
 
 
+def make_gpt(seed=3, layers=2) -> GPT:
+    """A random model of 50 tokens, with weights large enough that its choices differ."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=layers, heads=2, init_std=0.3))
+
+
 @pytest.fixture
 def gpt() -> GPT:
-    """A random model of 50 tokens, with weights large enough that its choices differ."""
-    torch.manual_seed(0)
-    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=2, heads=2, init_std=0.3))
+    return make_gpt(0)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tracemalloc
 import types
 from pathlib import Path
@@ -15,14 +14,15 @@ import pytest
 import torch
 
 import rl
-from conftest import Spy
+from conftest import Spy, make_gpt
 from data import UserError, toy
 from data.tasks import Question
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from pretrain import autocast, compiled, parse_config, save, setup_distributed
 from rl import Batch, Config, Critic, Lab, Policy, Row, Trainer
-from test_pretrain import CPU, SERVER, at, deaths, raise_signals, rows_of, run
+from test_pretrain import (CPU, SERVER, assert_same_run, at, deaths, raise_signals, rows_of, run,
+                           script, tensors)
 from verify import Score
 
 QUICK = dict(max_steps=3, prompts_per_step=4, group_size=2, max_new_tokens=24, minibatch_size=4,
@@ -37,11 +37,6 @@ def make_lab(cfg, processes=CPU) -> Lab:
     """A run without a folder."""
     nothing = types.SimpleNamespace(processes=processes, stop_seen=False, stopping=lambda: False)
     return Lab(cfg, nothing, get_tokenizer("toy"), autocast("float32", processes.device))
-
-
-def make_gpt(seed=3, layers=2) -> GPT:
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=layers, heads=2, init_std=0.3))
 
 
 def make_row(prompt, completion, reward=0.0, logp=0.0) -> Row:
@@ -440,39 +435,17 @@ def questions(tmp_path_factory) -> str:
 
 def training(base, accident=None, **changes):
     """Work for run(): the script itself, with an accident(rank) waiting to happen."""
-    values = {**QUICK, "init_from": base, "out_dir": "run", "eval_every": 3, **changes}
-    return functools.partial(script, [f"--{k}={v}" for k, v in values.items()], accident)
+    flags = {**QUICK, "init_from": base, "out_dir": "run", "eval_every": 3, **changes}
+    return functools.partial(quick_script, flags, accident)
 
 
-def script(argv: list[str], accident, rank: int) -> None:
+def quick_script(flags: dict, accident, rank: int) -> None:
     """A completion of an even number of letters is right: a base of six steps has no other merit.
     The picture, which takes long and which another test sees to, is left out."""
-    sys.argv = ["rl.py", *argv]
     rl.publish = lambda folder, samples, rows: save(
         folder / f"samples_{rows[-1]['step']:06d}.jsonl", json.dumps(samples).encode())
     rl.score_batch = lambda texts, *_: [Score(1.0 - len(t) % 2, "text", None, None) for t in texts]
-    if accident:
-        accident(rank)
-    rl.launch(rl.main, Config, rl.PRESETS)
-
-
-def tensors(file: Path) -> list[torch.Tensor]:
-    """All in a checkpoint: of the policy, and where they are kept of critic and optimisers."""
-    leaves = torch.utils._pytree.tree_leaves(torch.load(file, weights_only=True))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def assert_same_run(left: Path, right: Path) -> None:
-    """The same rows, samples and weights to the bit."""
-    assert rows_of(left) == rows_of(right) and any(r.get("grad_norm") for r in rows_of(left))
-    files = {file.name for file in left.iterdir()}
-    assert files == {file.name for file in right.iterdir()}
-    for file in files:
-        if file.startswith("samples"):
-            assert (left / file).read_bytes() == (right / file).read_bytes()
-        if file.endswith(".pt"):
-            ours, theirs = tensors(left / file), tensors(right / file)
-            assert len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+    script("rl", flags, accident, rank)
 
 
 @pytest.fixture(scope="module")

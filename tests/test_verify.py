@@ -123,13 +123,6 @@ def test_no_answer_is_too_large_to_compare(text):
     assert not equal(text, "7") and not equal("7", text) and canonical(text) == canonical(text)
 
 
-def test_a_prediction_is_never_evaluated_as_python(tmp_path):
-    mark = tmp_path / "mark"
-    assert not equal(f"__import__('pathlib').Path('{mark}').touch()", "7")
-    assert score(f"\\boxed{{exec('open(\"{mark}\", \"w\")')}}", "7").reward == 0
-    assert not mark.exists()
-
-
 @pytest.mark.parametrize("value, gold, right", [
     ("1 / 3", "\\frac{1}{3}", 1), ("51**0.5", "\\sqrt{51}", 1), ("[1 / 3, 0.5]", "1/2, 1/3", 1),
     ("0.1 + 0.2", "0.3", 1), ("60000.1", "60000", 0), ("10.0**10 + 1", "10000000000", 0),
