@@ -126,26 +126,21 @@ def test_chunked_log_probs_have_the_values_and_gradients_of_plain_ones(tokens, r
     assert not (room == 0 < tokens and {(tokens, 30), (512, 30)} & set(kept))
 
 
-def test_the_loss_is_in_fp32_where_autocast_is_in_bf16(gpt):
-    """Log-probs in bf16 have two digits (OpenRLHF#620)."""
+def test_the_loss_is_in_fp32_under_autocast_and_zero_where_nothing_counts(gpt):
+    """Log-probs in bf16 have two digits (OpenRLHF#620). All padding was 0 / 0 (trl#6439)."""
     ids, targets = torch.randint(50, (2, 2, 40))
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = gpt(ids), gpt(ids, targets=targets)
+        padding = gpt(ids, targets=torch.full_like(targets, -1))
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
     expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
-    loss.backward()
+    (loss + padding).backward()
+    assert padding == 0
     assert gpt.head.weight.grad.dtype == torch.float32 and gpt.head.weight.grad.isfinite().all()
     hidden, weight = torch.randn(9, 32).bfloat16(), gpt.head.weight.detach().bfloat16()
     exact = (F.linear(hidden, weight).float() / 0.7).log_softmax(-1)[:, 3]
     assert torch.equal(token_logps(hidden, weight, torch.full((9,), 3), 0.7), exact)
-
-
-def test_targets_that_count_nothing_give_a_finite_zero(gpt):
-    """A batch that is all padding must not be 0 / 0 (trl#6439)."""
-    loss = gpt(torch.zeros(2, 5, dtype=torch.long), targets=torch.full((2, 5), -1))
-    loss.backward()
-    assert loss == 0 and not any(p.grad.any() for p in gpt.parameters())
 
 
 def test_initial_weights_are_truncated_at_three_standard_deviations():
