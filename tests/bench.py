@@ -21,7 +21,7 @@ import pretrain  # noqa: E402  before torch: it sets how threads wait
 import torch  # noqa: E402
 
 import rl as echo  # noqa: E402  for a command is called rl
-from data import UserError, toy  # noqa: E402
+from data import toy  # noqa: E402
 from data.tasks import Question  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
 from hostile import CHEATS, CODE  # noqa: E402
@@ -60,10 +60,8 @@ def peak_memory(device: torch.device) -> float:
     return math.nan
 
 
-def train(argv: list[str]) -> None:
-    """pretrain.py's own step on random tokens: the best and the median of --max_steps (10)."""
-    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, argv)
-    processes = pretrain.setup_distributed(cfg.device)
+def train(cfg, processes) -> None:
+    """pretrain.py's own step on random tokens: the best and the median of --max_steps."""
     device, vocab_size = processes.device, vocabulary(cfg.tokenizer)
     model = pretrain.build_model(cfg, vocab_size, device)
     context = pretrain.autocast(cfg.dtype, device)
@@ -72,7 +70,7 @@ def train(argv: list[str]) -> None:
     rows = len(range(processes.rank, cfg.batch_size, processes.world))
     blocks = torch.randint(vocab_size, (rows, cfg.context + 1), device=device)
     tokens, seconds = cfg.batch_size * cfg.context, []
-    for _ in range(1 + (cfg.max_steps or 10)):
+    for _ in range(1 + cfg.max_steps):
         started = time.perf_counter()
         _, norm = pretrain.update(
             optimizer, blocks.split(cfg.micro_batch_size),
@@ -113,7 +111,7 @@ LATEX = [  # an answer and another spelling of it, for every n
 ]
 
 
-def verify(argv: list[str]) -> None:
+def verify(cfg, processes) -> None:
     """Completions a second through score_batch, by format, and what loops for ever cost a batch."""
     count = 4096
     stories, rng = list(itertools.islice(toy.problems("train", 0), count)), random.Random(0)
@@ -139,46 +137,38 @@ def verify(argv: list[str]) -> None:
     show("verify: completions scored", rows)
 
 
-def sample(argv: list[str]) -> None:
-    """Tokens a second of model.generate on random weights, best of --max_steps (3) rounds.
+def sample(cfg, processes) -> None:
+    """Tokens a second of model.generate on random weights, best of --max_steps rounds.
 
     256 prompts of 48 tokens. Mixed lengths: each token ends its completion with the probability
     at which the mean length is 30% of the limit; only tokens up to the end count.
     """
-    shape = ["--width=128", "--layers=4", "--heads=4", "--init_std=0.02"]  # 1.2M parameters
-    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, shape + argv)
-    processes = pretrain.setup_distributed(cfg.device)
-    device = processes.device
-    V, B, P = vocabulary(cfg.tokenizer), 256, 48
+    device, V, B, P = processes.device, vocabulary(cfg.tokenizer), 256, 48
     model = pretrain.build_model(cfg, V, device).eval()
     model.head.bias = torch.nn.Parameter(torch.zeros(V, device=device))
     prompts = torch.randint(1, V, (B, P)).tolist()  # 0 is what ends a completion
-    found = {}
-    for _ in range(cfg.max_steps or 3):
-        for N, eos in ((64, -1), (160, -1), (64, 0), (160, 0)):
-            p = 3.2 / N
-            model.head.bias.data[0] = math.log((V - 1) * p / (1 - p)) if eos == 0 else 0.0
+    rows = {}
+    for N, eos in ((64, -1), (160, -1), (64, 0), (160, 0)):
+        p, seconds = 3.2 / N, []
+        model.head.bias.data[0] = math.log((V - 1) * p / (1 - p)) if eos == 0 else 0.0
+        for _ in range(cfg.max_steps):
             generators = [torch.Generator().manual_seed(i) for i in range(B)]
             began = time.perf_counter()
             with pretrain.autocast(cfg.dtype, device):
                 tokens = int(generate(model, prompts, N, eos, generators)[1].sum())
-            speed = tokens / (time.perf_counter() - began)
-            row = f"{N} {'at most' if eos == 0 else 'tokens'}"
-            found.setdefault(row, []).append((speed, tokens / B))
-    line, N = "{:9,.0f} tokens/s, mean length {:5.1f}", sum(p.numel() for p in model.parameters())
-    rows = {row: line.format(*max(rounds)) for row, rounds in found.items()}
+            seconds.append(time.perf_counter() - began)
+        rows[f"{N} {'at most' if eos == 0 else 'tokens'}"] = (
+            f"{tokens / min(seconds):9,.0f} tokens/s, mean length {tokens / B:5.1f}")
+    N = sum(p.numel() for p in model.parameters())
     show(f"sample: {B} prompts of {P} tokens, {N:,} parameters", rows, processes)
 
 
-def rl(argv: list[str]) -> None:
-    """A step of rl.py, grpo on 256 completions of 60 tokens after prompts of 48 by a GPT of 1.2M
-    random weights: the best and the median of --max_steps (5). The verifier reads what the toy's
-    authors wrote, as a trained model would.
+def rl(cfg, processes) -> None:
+    """A step of rl.py on 256 completions after prompts of 48 tokens, by a GPT of random weights:
+    the best and the median of --max_steps. The verifier reads what the toy's authors wrote, as a
+    trained model would.
     """
-    defaults = ["--algo=grpo", "--max_new_tokens=60", "--max_steps=5"]
-    cfg = pretrain.parse_config(echo.Config, echo.PRESETS, [*defaults, *argv])
-    processes, encoding = pretrain.setup_distributed(cfg.device), get_tokenizer("toy")
-    shape = pretrain.Config(width=128, layers=4, heads=4)
+    encoding, shape = get_tokenizer("toy"), pretrain.Config(width=128, layers=4, heads=4)
     base = pretrain.build_model(shape, encoding.n_vocab, processes.device)
     nothing = mock.Mock(processes=processes, stop_seen=False, **{"stopping.return_value": False})
     lab = echo.Lab(cfg, nothing, encoding, pretrain.autocast(cfg.dtype, processes.device))
@@ -209,7 +199,7 @@ def rl(argv: list[str]) -> None:
     show(f"rl --algo={cfg.algo}", found, processes)
 
 
-def memory(argv: list[str]) -> None:
+def memory(cfg, processes) -> None:
     """What rl.py needs on a GPU in bf16, for each preset of pretrain.py and each algorithm, and
     the largest batches that fit one (powers of two): computed, not measured.
 
@@ -229,7 +219,7 @@ def memory(argv: list[str]) -> None:
             model = pretrain.build_model(gpt, 50_257, "meta")
         c, N = model.config, sum(p.numel() for p in model.parameters())
         for algo in ("ppo", "grpo", "ei"):
-            flags = ["--preset=paper", *argv, f"--algo={algo}"]
+            flags = [*sys.argv[1:], f"--algo={algo}"]
             cfg = pretrain.parse_config(echo.Config, echo.PRESETS, flags)
             tokens = min(c.context, 256 + cfg.max_new_tokens)
             critic = sum(p.numel() for p in echo.Critic(model).parameters()) * (algo == "ppo")
@@ -253,14 +243,19 @@ def memory(argv: list[str]) -> None:
             show(f"{preset}, {N / 1e6:.0f}M parameters, {algo}, rows of {tokens} tokens", rows)
 
 
-COMMANDS = {"train": train, "verify": verify, "sample": sample, "rl": rl, "memory": memory}
+COMMANDS = {  # what it runs, the script whose flags it takes, and its own defaults for them
+    "train": (train, pretrain, "--max_steps=10"),
+    "verify": (verify, pretrain, ""),
+    "sample": (sample, pretrain, "--width=128 --layers=4 --heads=4 --init_std=0.02 --max_steps=3"),
+    "rl": (rl, echo, "--algo=grpo --max_new_tokens=60 --max_steps=5"),
+    "memory": (memory, echo, "--preset=paper"),
+}
 
 if __name__ == "__main__":
     name, *argv = sys.argv[1:] or ["--help"]
     if name not in COMMANDS:
         sys.exit(f"usage: python tests/bench.py {'|'.join(COMMANDS)} [--key=value ...]")
-    try:
-        COMMANDS[name](argv)
-    except UserError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command, script, defaults = COMMANDS[name]
+    sys.argv[1:] = [*defaults.split(), *argv]
+    pretrain.launch(lambda cfg: command(cfg, pretrain.setup_distributed(cfg.device)),
+                    script.Config, script.PRESETS)

@@ -14,11 +14,32 @@ sys.path.insert(0, str(ROOT))
 import pretrain  # noqa: E402
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from model import GPT, GPTConfig  # noqa: E402
 
 SMALL = dict(layers=2, width=32, heads=2, batch_size=4, micro_batch_size=4, eval_every=6,
              save_every=3, log_every=1)
+
+
+class Spy(TorchDispatchMode):
+    """Notes the names of operations ("nonzero" also for indexing by a mask, which runs it), and
+    the shapes of their results.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.shapes = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, result = function.overloadpacket.__name__, function(*args, **kwargs or {})
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            if any(index is not None and index.dtype == torch.bool for index in args[1]):
+                self.names.add("nonzero")
+        self.names.add(name)
+        if isinstance(result, torch.Tensor):
+            self.shapes.add(result.shape)
+        return result
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +57,15 @@ def base(tmp_path_factory, data_dir) -> str:
     return folder
 
 
+def make_gpt(seed=3, layers=2) -> GPT:
+    """A random model of 50 tokens, with weights large enough that its choices differ."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=layers, heads=2, init_std=0.3))
+
+
 @pytest.fixture
 def gpt() -> GPT:
-    """A random model of 50 tokens, with weights large enough that its choices differ."""
-    torch.manual_seed(0)
-    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=2, heads=2, init_std=0.3))
+    return make_gpt(0)
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,9 @@ def omi1(*blocks: str, closing: str) -> str:
     return "Let's solve this problem using Python code.\n" + "".join(blocks) + closing
 
 
-def output(value: str, sentence: str | None = None) -> str:
+def output(value: str) -> str:
     """An output block, and a sentence with the same answer in a box."""
-    sentence = f"So the answer is \\boxed{{{value}}}." if sentence is None else sentence
-    return f"<llm-code-output>\n{value}\n</llm-code-output>\n" + sentence
+    return f"<llm-code-output>\n{value}\n</llm-code-output>\nSo the answer is \\boxed{{{value}}}."
 
 
 QUESTION = "Janet's ducks lay 16 eggs per day. She eats three and bakes with four. How much in \
@@ -30,7 +29,7 @@ HELPER = "def rest(total, *used):\n    return total - sum(used)"
 
 # ---------------------------------------------------------------- TinyGSM: functions
 
-PLAIN = {
+FUNCTIONS = {
     "four_lines": (tinygsm(EGGS), "18"),
     "docstring": (tinygsm(EGGS, doc=QUESTION), "18"),
     "docstring_in_single_quotes": (tinygsm("'''\nHow many eggs?\n'''\n" + EGGS), "18"),
@@ -58,9 +57,7 @@ PLAIN = {
         """), "18"),
     "carriage_returns": (tinygsm(EGGS, doc=QUESTION).replace("\n", "\r\n"), "18"),
     "accented_names": (tinygsm("prix_du_café = 9\nreturn prix_du_café * 2  # 18 €"), "18"),
-}
-
-SURROUNDED = {
+    # with something before or behind it
     "helper_before": (tinygsm("return rest(16, 3, 4) * 2", before=HELPER), "18"),
     "constants_before": (tinygsm("return EGGS * PRICE", before="EGGS = 9\nPRICE = 2"), "18"),
     "cached_fibonacci": (
@@ -90,7 +87,7 @@ MODULES = {
                            "18 if 1 <= random.randint(1, 6) <= 6 else 0", "18"),
 }
 
-FUNCTIONS = {**PLAIN, **SURROUNDED} | {
+FUNCTIONS |= {
     name: (tinygsm(f"return {value}", before=before), gold)
     for name, (before, value, gold) in MODULES.items()
 }
@@ -126,6 +123,3 @@ PROSE = {
     "definition": ("By definition the mean is 36 / 2. Hence \\boxed{18}.", "18"),
     "line_that_starts_with_def": ("Here\ndef means definition, and so it is \\boxed{18}.", "18"),
 }
-
-HONEST = {**FUNCTIONS, **BLOCKS, **PROSE}
-assert len(HONEST) == sum(map(len, (PLAIN, SURROUNDED, MODULES, BLOCKS, PROSE))), "a name twice"

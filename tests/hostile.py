@@ -5,38 +5,19 @@ to bring the verifier down. None does lasting harm where it succeeds: the worst 
 MARK, a process that sleeps for half a minute and the end of the process that ran it.
 """
 
-import re
-
 from honest import omi1, tinygsm
 
 MARK = "verify_was_here"  # no file of this name may exist afterwards: here, in /tmp or /dev/shm
-MODULES = "collections datetime decimal fractions functools itertools math random re statistics \
-string sympy".split()
-
-
-def imports(expression: str) -> str:
-    """The import lines that an expression needs."""
-    return "\n".join(f"import {m}" for m in MODULES if re.search(rf"(?<![\w.]){m}\.", expression))
-
-
-def reach(expression: str) -> str:
-    """A function that returns 42 where an expression can be evaluated and is true."""
-    return tinygsm(f"return 42 if {expression} else 7", imports(expression))
-
-
-def spend(expression: str) -> str:
-    """A function that returns 42 after evaluating an expression that nobody can afford."""
-    return tinygsm(f"x = {expression}\nreturn 42", imports(expression))
 
 
 def liar(bases: str, lie: str, value: str = "") -> str:
     """A function that returns an object which claims to be 42."""
-    return tinygsm(f"class Liar({bases}):\n    {lie}\nreturn Liar({value})", imports(bases))
+    return tinygsm(f"class Liar({bases}):\n    {lie}\nreturn Liar({value})")
 
 
 # ---------------------------------------------------------------- what arithmetic does not need
 
-GADGETS = {
+GADGETS = {  # name: an expression that evaluates, and is true, where the attack succeeds
     "classes_of_a_tuple": "().__class__.__base__.__subclasses__()",
     "getattr_of_an_assembled_name": "getattr((), '__cl' + 'ass__')",
     "format_of_an_assembled_field": "('{0._' + '_class_' + '_}').format(7)",
@@ -46,7 +27,7 @@ GADGETS = {
     "fullwidth_dunder_import": "__ｉｍｐｏｒｔ__('os').getpid()",
 }
 
-CODE = {name: reach(expression) for name, expression in GADGETS.items()} | {
+CODE = {name: tinygsm(f"return 42 if {gadget} else 7") for name, gadget in GADGETS.items()} | {
     "os_system": tinygsm(f"import os\nos.system('touch /tmp/{MARK}')\nreturn 42"),
     "fork_so_that_two_answer": tinygsm("import os\nos.fork()\nreturn 42"),
     "exec_of_another_program": tinygsm(
@@ -69,7 +50,7 @@ CODE = {name: reach(expression) for name, expression in GADGETS.items()} | {
 
 # ---------------------------------------------------------------- memory and time
 
-EXPENSES = {
+EXPENSES = {  # name: an expression whose evaluation nobody can afford
     "string_too_long": "'a' * 10**11",
     "list_without_end": "list(itertools.count())",
     "tower_of_powers": "10**10**10",
@@ -77,7 +58,9 @@ EXPENSES = {
     "sum_too_long": "sum(range(10**14))",
 }
 
-LOOPS = {name: spend(expression) for name, expression in EXPENSES.items()} | {
+LOOPS = {
+    **{name: tinygsm(f"x = {expense}\nreturn 42", "import itertools, math")
+       for name, expense in EXPENSES.items()},
     "loop": tinygsm("while True:\n    pass\nreturn 42"),
     "loop_that_catches_everything": tinygsm(
         "try:\n    while True:\n        pass\nexcept:\n    return 42"),

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tracemalloc
 import types
 from pathlib import Path
@@ -13,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import rl
+from conftest import Spy, make_gpt
 from data import UserError, toy
 from data.tasks import Question
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from pretrain import Processes, autocast, compiled, parse_config, save, setup_distributed
+from pretrain import autocast, compiled, parse_config, save, setup_distributed
 from rl import Batch, Config, Critic, Lab, Policy, Row, Trainer
-from test_pretrain import SERVER, Spy, killed_at_file_event, run
+from test_pretrain import (CPU, SERVER, assert_same_run, at, deaths, raise_signals, rows_of, run,
+                           script, tensors)
 from verify import Score
 
-CPU = Processes(0, 1, torch.device("cpu"))
 QUICK = dict(max_steps=3, prompts_per_step=4, group_size=2, max_new_tokens=24, minibatch_size=4,
              micro_batch_size=3, eval_k=2, eval_every=2, save_every=1, sample_batch_size=8)
 
@@ -38,11 +37,6 @@ def make_lab(cfg, processes=CPU) -> Lab:
     """A run without a folder."""
     nothing = types.SimpleNamespace(processes=processes, stop_seen=False, stopping=lambda: False)
     return Lab(cfg, nothing, get_tokenizer("toy"), autocast("float32", processes.device))
-
-
-def make_gpt(seed=3, layers=2) -> GPT:
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=50, context=64, width=32, layers=layers, heads=2, init_std=0.3))
 
 
 def make_row(prompt, completion, reward=0.0, logp=0.0) -> Row:
@@ -63,11 +57,6 @@ def batch_of(rows) -> Batch:
     return rl.make_batch(rows, torch.ones(len(rows)), CPU.device)
 
 
-def loss_batch(**given) -> Batch:
-    """A batch of nothing but what a loss reads."""
-    return Batch(**{field.name: given.get(field.name) for field in dataclasses.fields(Batch)})
-
-
 # ---------------------------------------------------------------- advantages
 
 
@@ -81,18 +70,6 @@ def test_gae_agrees_with_numbers_worked_out_by_hand():
     # row 1, from its end: 1 - 0.3 = 0.7;  0.5 + 0.3 - 0.1 + 0.5*0.7 = 1.05
     torch.testing.assert_close(advantage, torch.tensor([[0.425, 0.45, 0.3], [1.05, 0.7, 0.0]]))
     torch.testing.assert_close(returns, torch.tensor([[0.625, 0.85, 1.0], [1.15, 1.0, 0.0]]))
-
-
-@pytest.mark.parametrize("lam, fair", [(1.0, True), (0.95, False)])
-def test_only_at_lambda_1_does_an_uninformed_critic_favour_no_length(lam, fair):
-    """Of two formats of equal accuracy, the longer one's first token, which decides the format,
-    got less of the signal: the shorter format won."""
-    mask = torch.arange(40) < torch.tensor([20, 20, 40, 40])[:, None]
-    reward = torch.tensor([1.0, 0.0, 1.0, 0.0])  # half of each format is right
-    reward = rl.token_rewards(reward, torch.zeros(4, 40), torch.zeros(4, 40), mask, 0.0)
-    advantage, _ = rl.gae(reward, torch.zeros(4, 40), mask, lam)
-    first = advantage[:, 0]
-    assert (float(first[:2].mean()) == pytest.approx(float(first[2:].mean()))) == fair
 
 
 def test_the_reward_is_on_the_last_token_even_of_a_one_token_answer():
@@ -126,32 +103,22 @@ def test_expert_iteration_learns_from_correct_completions_once():
 # ---------------------------------------------------------------- log-probs and losses
 
 
-def test_log_probs_agree_with_a_loop_over_tokens_in_float64():
-    """Off by one between logits and labels (trlx#509); the logits of T = 1 (trl#3029)."""
-    gpt, rows = make_gpt(), random_rows([0.0] * 4)
-    logp, exact = Policy(gpt, temperature=0.7)(batch_of(rows)), gpt.double()
-    for i, row in enumerate(rows):
-        for t, token in enumerate(row.completion):
-            ids = torch.tensor([row.prompt + row.completion[:t].tolist()])
-            expected = F.log_softmax(exact(ids)[0, -1] / 0.7, dim=-1)[token]
-            torch.testing.assert_close(logp[i, t].double(), expected, atol=1e-5, rtol=0)
-
-
 def test_sharing_a_prompt_and_padding_change_no_log_prob_and_no_gradient():
-    """Attention behind the end (trl#2708), shifted positions (trl#6800), among others."""
+    """Attention behind the end (trl#2708), shifted positions (trl#6800), logits of T = 1 (trl#3029)
+    or off by one from their labels (trlx#509), among others."""
     gpt = make_gpt().double()
     rows = random_rows([0.0] * 9, prompt_lengths=(4, 13, 7), group=3)
     rows.append(make_row([9] * 30, [5]))  # a long prompt, and a completion of a single token
     batch = batch_of(rows)
     assert len(batch.prompts) == 4
-    logp = Policy(gpt, 1.0)(batch)
+    logp = Policy(gpt, 0.7)(batch)
     weight = torch.randn(logp.shape, dtype=torch.float64)  # another for each token
     (logp * weight).sum().backward()
     shared = [p.grad.clone() for p in gpt.parameters()]
     gpt.zero_grad()
     for i, row in enumerate(rows):
         whole, first = torch.tensor([row.prompt + row.completion.tolist()]), len(row.prompt) - 1
-        logps = gpt(whole[:, :-1]).log_softmax(-1)
+        logps = (gpt(whole[:, :-1]) / 0.7).log_softmax(-1)
         alone = logps.gather(2, whole[:, 1:, None])[0, first:, 0]
         torch.testing.assert_close(logp[i, : len(alone)], alone)
         assert logp[i, len(alone) :].abs().sum() == 0
@@ -178,13 +145,6 @@ def expected_gradient(logits, logp, token_loss):
     return torch.autograd.grad(weighed, logits, retain_graph=True)[0]
 
 
-def test_k3_is_never_negative_and_its_mean_is_the_kl():
-    _, logp, ref_logp = enumeration()
-    k3 = rl.k3(logp, ref_logp)
-    assert (k3 >= 0).all() and rl.k3(logp, logp).abs().max() == 0
-    torch.testing.assert_close((logp.exp() * k3).sum(), (logp.exp() * (logp - ref_logp)).sum())
-
-
 def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_in_the_loss_none():
     """open-instruct#534: the expectation of grad(logp - ref_logp) under the policy is zero."""
     logits, logp, ref_logp = enumeration()
@@ -194,27 +154,29 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_in_the_loss_none():
     assert in_loss.abs().max() < 1e-12 < kl_gradient.abs().max()
     old_logp, mask = logp.detach()[:, None], torch.ones(3, 1, dtype=torch.bool)
     advantage = rl.token_rewards(torch.zeros(3), old_logp, ref_logp[:, None], mask, 1.0)
-    batch = loss_batch(advantage=advantage, old_logp=old_logp)
+    batch = types.SimpleNamespace(advantage=advantage, old_logp=old_logp)
     loss = rl.policy_loss(batch, logp[:, None], Config(algo="ppo"))
     torch.testing.assert_close(expected_gradient(logits, logp, loss), kl_gradient)
 
 
-def test_k3_in_the_loss_has_the_gradient_of_the_reverse_kl():
+def test_k3_is_never_negative_on_average_the_kl_and_in_the_loss_pulls_as_the_reverse_kl():
     logits, logp, ref_logp = enumeration()
+    k3 = rl.k3(logp, ref_logp)
+    assert (k3 >= 0).all() and rl.k3(logp, logp).abs().max() == 0
+    torch.testing.assert_close((logp.exp() * k3).sum(), (logp.exp() * (logp - ref_logp)).sum())
     reverse = (ref_logp.exp() * (ref_logp - logp)).sum()
     (expected,) = torch.autograd.grad(0.5 * reverse, logits, retain_graph=True)
-    batch = loss_batch(advantage=torch.zeros(3, 1), ref_logp=ref_logp[:, None])
+    batch = types.SimpleNamespace(advantage=torch.zeros(3, 1), ref_logp=ref_logp[:, None])
     loss = rl.policy_loss(batch, logp[:, None], Config(algo="reinforce", kl_coef=0.5))
     torch.testing.assert_close(expected_gradient(logits, logp, loss), expected)
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo", "reinforce"])
 def test_on_policy_every_loss_has_the_policy_gradient_by_enumeration(algo):
-    logits, logp, ref_logp = enumeration()
+    logits, logp, _ = enumeration()
     reward = torch.tensor([1.0, 0.0, 0.2], dtype=torch.float64)
     (expected,) = torch.autograd.grad((logp.exp() * reward).sum(), logits, retain_graph=True)
-    batch = loss_batch(advantage=reward[:, None], old_logp=logp.detach()[:, None],
-                       ref_logp=ref_logp[:, None])
+    batch = types.SimpleNamespace(advantage=reward[:, None], old_logp=logp.detach()[:, None])
     loss = rl.policy_loss(batch, logp[:, None], Config(algo=algo, kl_coef=0.0))
     torch.testing.assert_close(-expected_gradient(logits, logp, loss), expected)
 
@@ -473,45 +435,17 @@ def questions(tmp_path_factory) -> str:
 
 def training(base, accident=None, **changes):
     """Work for run(): the script itself, with an accident(rank) waiting to happen."""
-    values = {**QUICK, "init_from": base, "out_dir": "run", "eval_every": 3, **changes}
-    return functools.partial(script, [f"--{k}={v}" for k, v in values.items()], accident)
+    flags = {**QUICK, "init_from": base, "out_dir": "run", "eval_every": 3, **changes}
+    return functools.partial(quick_script, flags, accident)
 
 
-def script(argv: list[str], accident, rank: int) -> None:
+def quick_script(flags: dict, accident, rank: int) -> None:
     """A completion of an even number of letters is right: a base of six steps has no other merit.
     The picture, which takes long and which another test sees to, is left out."""
-    sys.argv = ["rl.py", *argv]
     rl.publish = lambda folder, samples, rows: save(
         folder / f"samples_{rows[-1]['step']:06d}.jsonl", json.dumps(samples).encode())
     rl.score_batch = lambda texts, *_: [Score(1.0 - len(t) % 2, "text", None, None) for t in texts]
-    if accident:
-        accident(rank)
-    rl.launch(rl.main, Config, rl.PRESETS)
-
-
-def rows_of(folder) -> list[dict]:
-    """The metric rows but for what a clock decides."""
-    found = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
-
-
-def tensors(file: Path) -> list[torch.Tensor]:
-    """All in a checkpoint: of the policy, and where they are kept of critic and optimisers."""
-    leaves = torch.utils._pytree.tree_leaves(torch.load(file, weights_only=True))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def assert_same_run(left: Path, right: Path) -> None:
-    """The same rows, samples and weights to the bit."""
-    assert rows_of(left) == rows_of(right) and any(r.get("grad_norm") for r in rows_of(left))
-    files = {file.name for file in left.iterdir()}
-    assert files == {file.name for file in right.iterdir()}
-    for file in files:
-        if file.startswith("samples"):
-            assert (left / file).read_bytes() == (right / file).read_bytes()
-        if file.endswith(".pt"):
-            ours, theirs = tensors(left / file), tensors(right / file)
-            assert len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+    script("rl", flags, accident, rank)
 
 
 @pytest.fixture(scope="module")
@@ -531,56 +465,31 @@ def whole(tmp_path_factory, base, questions):
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(
         base, questions, tmp_path, whole, name):
     """kill -9 before a random touch of a file: a row, a checkpoint, samples, a rename."""
-    moments, deaths = random.Random(name), 0
-    while run(tmp_path, training(base, functools.partial(
-            killed_at_file_event, moments.randint(1, 24)), questions=questions,
-            **VARIANTS[name])) != [0]:
-        deaths += 1
-        assert deaths < 30, (tmp_path / "0" / "stderr").read_text()
-    assert deaths > 1
+    work = functools.partial(training, base, questions=questions, **VARIANTS[name])
+    assert deaths(tmp_path, work, seed=name) > 1
     assert_same_run(whole(name), tmp_path / "0" / "run")
 
 
-def told_to_stop_in(place: str, call: int, number: int, victim: int, rank: int) -> None:
-    """Rank `victim` gets a signal when rl's function `place` is called the call-th time."""
-    function, calls = getattr(rl, place), []
-
-    def watched(*args, **kwargs):
-        calls.append(None)
-        if (len(calls), rank) == (call, victim):
-            os.kill(os.getpid(), number)
-        return function(*args, **kwargs)
-
-    setattr(rl, place, watched)
-
-
-@pytest.mark.parametrize("place, call, number", [
-    ("generate", 1, signal.SIGTERM), ("generate", 4, signal.SIGINT), ("learn", 2, signal.SIGTERM),
-    ("evaluate", 2, signal.SIGINT)])
-def test_a_signal_in_any_phase_saves_exits_with_0_and_the_run_goes_on(
-        base, questions, tmp_path, whole, place, call, number):
-    accident = functools.partial(told_to_stop_in, place, call, number, 0)
-    work = functools.partial(training, base, questions=questions)
-    assert run(tmp_path, work(accident)) == [0]
+@pytest.mark.parametrize("place, call, number, world", [
+    ("generate", 1, signal.SIGTERM, 1), ("generate", 4, signal.SIGINT, 1),
+    ("learn", 2, signal.SIGTERM, 1), ("evaluate", 2, signal.SIGINT, 1),
+    ("generate", 5, signal.SIGTERM, 2), ("learn", 2, signal.SIGTERM, 2)])
+def test_a_signal_to_one_rank_in_any_phase_saves_exits_with_0_and_the_run_goes_on(
+        base, questions, tmp_path, whole, place, call, number, world):
+    """Two ranks see what one sees, and stop and continue together."""
+    folder, undisturbed = tmp_path / "run", whole("ppo")
+    work = functools.partial(training, base, questions=questions, out_dir=folder)
+    signals = functools.partial(raise_signals, number)
+    accident = functools.partial(at, f"rl.{place}", call, signals, world - 1)
+    assert run(tmp_path, work(accident), world) == [0] * world
     assert "the same command continues it" in (tmp_path / "0" / "stdout").read_text()
-    assert run(tmp_path, work()) == [0]
-    assert_same_run(whole("ppo"), tmp_path / "0" / "run")
-
-
-@pytest.mark.parametrize("place, call", [("generate", 5), ("learn", 2)])
-def test_two_ranks_see_what_one_sees_and_stop_and_continue_together(
-        base, questions, tmp_path, whole, place, call):
-    """The second is told to stop; both save, exit with 0, and go on when started again."""
-    work = functools.partial(training, base, questions=questions, out_dir=tmp_path / "run")
-    accident = functools.partial(told_to_stop_in, place, call, signal.SIGTERM, 1)
-    assert run(tmp_path, work(accident), 2) == [0, 0]
-    assert "the same command continues it" in (tmp_path / "0" / "stdout").read_text()
-    assert run(tmp_path, work(), 2) == [0, 0]
+    assert run(tmp_path, work(), world) == [0] * world
+    if world == 1:
+        return assert_same_run(undisturbed, folder)
     exact = "step", "kind", "length", "pass@1", "pass@k", "formats", "sampled_formats", "reward"
-    for left, right in zip(rows_of(whole("ppo")), rows_of(tmp_path / "run"), strict=True):
+    for left, right in zip(rows_of(undisturbed), rows_of(folder), strict=True):
         assert [left.get(key) for key in exact] == [right.get(key) for key in exact]
-    ours, theirs = (torch.load(folder / "step_000003.pt")["model"]
-                    for folder in (whole("ppo"), tmp_path / "run"))
+    ours, theirs = (torch.load(path / "step_000003.pt")["model"] for path in (undisturbed, folder))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 

@@ -44,6 +44,14 @@ BLOCK = ("Let's see.\n<llm-code>\n{}\n</llm-code>\n<llm-code-output>\n7\n</llm-c
     ("def f():\n    return print", "tinygsm", None, "error"),
     ("def f():\n    return open('7')", "tinygsm", None, "blocked"),
     ("import sympy\ndef f():\n    return 7", "tinygsm", None, "blocked"),
+    (LOOP, "tinygsm", None, "timeout"),
+    (CODE.format("result = 9**9**9**9"), "tinygsm", None, "error"),
+    (CODE.format("result = 'a' * 10**11"), "tinygsm", None, "error"),
+    (CODE.format("result = simple_math_problem()"), "tinygsm", None, "error"),
+    (CODE.format("import time; time.sleep(99); result = 7"), "tinygsm", None, "error"),
+    (CODE.format("result = eval('7')"), "tinygsm", None, "error"),
+    (CODE.format("raise Exception"), "tinygsm", None, "error"),
+    (CODE.format("import socket"), "tinygsm", None, "blocked"),
     (BLOCK.format("print(2)\nprint(3 + 4)"), "omi1", "7", None),
     (BLOCK.format("print('The answer is', 8)"), "omi1", "7", None),  # a sentence is no value
     (BLOCK.format("a = 3"), "omi1", "7", None),  # no value in the code: the closing box
@@ -63,7 +71,8 @@ BLOCK = ("Let's see.\n<llm-code>\n{}\n</llm-code>\n<llm-code-output>\n7\n</llm-c
     ("It is 7", "text", None, "no answer"), ("", "text", None, "no answer"),
 ])
 def test_every_completion_has_a_format_an_answer_and_a_reason(completion, name, answer, failure):
-    assert score(completion, "7") == (float(failure is None), name, answer, failure)
+    scores = score_batch([completion], ["7"], time_limit=2.0)
+    assert scores == [(float(failure is None), name, answer, failure)]
 
 
 def test_nested_braces_and_unclosed_boxes():
@@ -90,22 +99,17 @@ def test_shares_sum_to_one_whatever_the_completions_and_formats():
 # ---------------------------------------------------------------- equality
 
 
-def equality_cases() -> dict[str, list[tuple[str, bool, str]]]:
-    """Cases of equality.txt by their kind: prediction, whether it is right, gold."""
-    cases, kind = {}, ""
-    for line in Path(__file__).with_name("equality.txt").read_text("utf-8").splitlines():
-        if line.startswith("# "):
-            kind = line[2:]
-        elif line:
-            prediction, sign, gold = re.split("  (==|!=)  ", line, maxsplit=1)
-            cases.setdefault(kind, []).append((prediction, sign == "==", gold))
-    return cases
+def equality_cases() -> dict[str, list[str]]:
+    """The lines of equality.txt by their kind: a prediction, == or !=, a gold answer."""
+    text = Path(__file__).with_name("equality.txt").read_text("utf-8")
+    _, *parts = re.split("^# (.*)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], map(str.splitlines, parts[1::2])))
 
 
 @pytest.mark.parametrize("kind", equality_cases())
 def test_equality_accepts_what_is_equal_and_nothing_else(kind):
-    cases = equality_cases()[kind]
-    assert [(p, g, right) for p, right, g in cases if equal(p, g) != right] == []
+    cases = [re.split("  (==|!=)  ", line, maxsplit=1) for line in equality_cases()[kind]]
+    assert [case for case in cases if equal(case[0], case[2]) != (case[1] == "==")] == []
 
 
 @pytest.mark.parametrize("text", [
@@ -117,20 +121,6 @@ def test_equality_accepts_what_is_equal_and_nothing_else(kind):
 ])
 def test_no_answer_is_too_large_to_compare(text):
     assert not equal(text, "7") and not equal("7", text) and canonical(text) == canonical(text)
-
-
-def test_a_prediction_is_never_evaluated_as_python(tmp_path):
-    mark = tmp_path / "mark"
-    assert not equal(f"__import__('pathlib').Path('{mark}').touch()", "7")
-    assert score(f"\\boxed{{exec('open(\"{mark}\", \"w\")')}}", "7").reward == 0
-    assert not mark.exists()
-
-
-def test_prediction_and_gold_are_not_interchangeable():
-    """Math-Verify#25: swapped arguments. A prediction may be an equation that ends in the gold
-    number; a gold that is an equation is not answered by a number that it happens to end in.
-    """
-    assert equal("a + b = 5", "5") and not equal("5", "a + b = 5")
 
 
 @pytest.mark.parametrize("value, gold, right", [
@@ -218,17 +208,6 @@ def test_a_program_leaves_nothing_behind_for_the_next(name):
     assert [s.reward for s in scores] == [0, 1, 0, 1, 1]
 
 
-@pytest.mark.parametrize("body, failure", [
-    ("while True: pass", "timeout"), ("result = 9**9**9**9", "error"), ("raise Exception", "error"),
-    ("result = 'a' * 10**11", "error"), ("result = simple_math_problem()", "error"),
-    ("import time; time.sleep(99); result = 7", "error"), ("import socket", "blocked"),
-    ("result = open('/etc/passwd').read()", "blocked"), ("result = eval('7')", "error"),
-])
-def test_a_failure_has_its_name(body, failure):
-    scores = score_batch([GOOD, CODE.format(body), GOOD], ["7"] * 3, time_limit=2.0)
-    assert [s.failure for s in scores] == [None, failure, None]
-
-
 def test_scores_are_right_from_a_thread_while_loops_run_elsewhere():
     """An alarm signal works on the main thread only; scoring elsewhere was silently 0 in verl."""
     found, texts = [], [GOOD, *[LOOP] * 9]
@@ -258,10 +237,12 @@ verify.score_batch([{LOOP!r}] * 4, ['7'] * 4)
 """
 
 
-def children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,stat"], capture_output=True, text=True).stdout
-    rows = [line.split() for line in listed.splitlines()[1:]]
-    return [int(row[0]) for row in rows if int(row[1]) == pid and row[2][0] != "Z"]
+def workers(pid: int) -> list[int]:
+    """The interpreters of a process, the busiest one last."""
+    ps = subprocess.run(["ps", "-eo", "pcpu,pid,ppid,args"], capture_output=True, text=True)
+    rows = [line.split() for line in ps.stdout.splitlines()[1:]]
+    mine = [row for row in rows if int(row[2]) == pid and "monty" in row[3]]
+    return [int(row[1]) for row in sorted(mine, key=lambda row: float(row[0]))]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and ps")
@@ -270,12 +251,12 @@ def test_no_worker_survives_its_parent_however_it_ends(number):
     parent = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL)
     parent.stdout.readline()
-    workers = children(parent.pid)
-    assert workers
+    left = workers(parent.pid)
+    assert left
     if number:
         parent.send_signal(number)
     parent.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):  # until their time is over
+    while any(Path(f"/proc/{pid}").exists() for pid in left):  # until their time is over
         time.sleep(0.1)
 
 
@@ -286,10 +267,7 @@ def test_a_program_whose_worker_is_killed_from_outside_gets_another():
     thread = threading.Thread(target=lambda: found.extend(score_batch([count], ["5000000"], 600.0)))
     thread.start()
     time.sleep(0.3)
-    ps = subprocess.run(["ps", "-eo", "pid,ppid,pcpu,args"], capture_output=True, text=True)
-    rows = [line.split() for line in ps.stdout.splitlines()[1:]]
-    mine = [row for row in rows if row[1] == str(os.getpid()) and "monty" in row[3]]
-    os.kill(int(max(mine, key=lambda row: float(row[2]))[0]), signal.SIGKILL)  # the busiest
+    os.kill(workers(os.getpid())[-1], signal.SIGKILL)
     thread.join()
     assert [s.failure for s in found] == [None, None]
 

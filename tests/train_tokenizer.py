@@ -25,29 +25,19 @@ def train_bpe(texts, pattern: str, size: int) -> dict[bytes, int]:
     Ties go to the smaller pair of byte strings, so the same texts give the same ranks.
     """
     pieces = Counter(piece for text in texts for piece in regex.findall(pattern, text))
-    words = {tuple(bytes([b]) for b in p.encode()): n for p, n in pieces.items()}
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < size:
+    words = {piece.encode().decode("latin-1"): n for piece, n in pieces.items()}  # chr(rank)s
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < size:
         pairs = Counter()
         for word, n in words.items():
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
         if not pairs:
             break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        ranks[best[0] + best[1]] = len(ranks)
-        words = {merge(word, best): n for word, n in words.items()}
-    return ranks
-
-
-def merge(word: tuple, pair: tuple) -> tuple:
-    """`word` with every occurrence of `pair` joined, from the left."""
-    out, i = [], 0
-    while i < len(word):
-        joined = word[i : i + 2] == pair
-        out.append(word[i] + word[i + 1] if joined else word[i])
-        i += 1 + joined
-    return tuple(out)
+        first, second = min(pairs, key=lambda pair: (-pairs[pair], [tokens[ord(c)] for c in pair]))
+        words = {word.replace(first + second, chr(len(tokens))): n for word, n in words.items()}
+        tokens.append(tokens[ord(first)] + tokens[ord(second)])
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 def train() -> str:
