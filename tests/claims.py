@@ -195,7 +195,6 @@ CLAIMS = {
 
 
 # ---------------------------------------------------------------- command line
-
 def at_scale(run: Run) -> Run:
     """A run with the study's sizes, corpora and questions."""
     flags = dict(run.flags)
@@ -262,7 +261,8 @@ def draw(name: str, values: np.ndarray, lines: list, columns: list) -> None:
         axes.errorbar(columns, mean[i], ranges, label=line, marker="o", capsize=3)
     axes.set(title=f"{name}: {CLAIMS[name].says}"[:90], ylabel="percent, or as named")
     axes.tick_params(axis="x", labelrotation=20)
-    axes.legend(fontsize="small")
+    axes.legend()
+    runs.FOLDER.mkdir(parents=True, exist_ok=True)
     figure.savefig(runs.FOLDER / f"{name}.png", dpi=120)
 
 

@@ -26,16 +26,14 @@ DAPO = r"""rl.py
 +            seen.append(torch.stack((out.sum(), batch.mask.sum(), off.abs().max())))
 -                picked = pick_prompts(len(train), step, cfg.prompts_per_step, cfg.seed)
 -                asked = [train[i] for i in picked for _ in range(cfg.group_size)]
--                key = cfg.seed, "rollout", step
--                rows, seconds = roll_out(
--                    model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
+-                rows, seconds = roll_out(model, asked, (cfg.seed, "rollout", step),
+-                                         cfg.temperature, cfg.top_p, cfg.task, lab)
 +                groups, seconds, n = [], {}, cfg.prompts_per_step
 +                for place in range(step * cfg.tries, (step + 1) * cfg.tries):
 +                    picked = pick_prompts(len(train), place, n, cfg.seed)
 +                    asked = [train[i] for i in picked for _ in range(cfg.group_size)]
-+                    key = cfg.seed, "rollout", place
-+                    rows, took = roll_out(
-+                        model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
++                    rows, took = roll_out(model, asked, (cfg.seed, "rollout", place),
++                                          cfg.temperature, cfg.top_p, cfg.task, lab)
 +                    seconds = {name: seconds.get(name, 0) + took[name] for name in took}
 +                    groups += zip(*[iter(rows)] * cfg.group_size)
 +                    groups.sort(key=lambda group: len({row.score.reward for row in group}) == 1)
@@ -44,18 +42,18 @@ DAPO = r"""rl.py
 +                rows = [row for group in groups[:n] for row in group]
 """
 CURRICULUM = r"""rl.py
--        step, evaluations, lab = 0, [], Lab(cfg, run, encoding, amp)
-+        step, evaluations, rates, lab = 0, [], {}, Lab(cfg, run, encoding, amp)
+-        step, evaluations = 0, []
++        step, evaluations, rates = 0, [], {}
              step, evaluations = state["step"], state["evaluations"]
 +            rates = state["rates"]  # question -> how many of its last completions were right
--            progress = {"step": step, "evaluations": evaluations}
-+            progress = {"step": step, "evaluations": evaluations, "rates": rates}
+-                      "evaluations": evaluations})
++                      "evaluations": evaluations, "rates": rates})
 -                picked = pick_prompts(len(train), step, cfg.prompts_per_step, cfg.seed)
 +                order = pick_prompts(len(train), step, len(train), cfg.seed)
 +                order.sort(key=lambda i: rates.get(i) in (0, 1))  # all alike: at the end
 +                picked = order[: cfg.prompts_per_step]
-                 rows, seconds = roll_out(
-                     model, asked, key, cfg.temperature, cfg.top_p, cfg.task, lab)
+                 rows, seconds = roll_out(model, asked, (cfg.seed, "rollout", step),
+                                          cfg.temperature, cfg.top_p, cfg.task, lab)
 +                reward = np.reshape([row.score.reward for row in rows], (-1, cfg.group_size))
 +                rates |= zip(picked, reward.mean(axis=1).tolist())
 -                metrics = learn(rows, step, policy, critic, reference, lab)

@@ -463,3 +463,17 @@ def test_what_a_system_lacks_is_done_without(tmp_path, data_dir, whole):
     assert run(tmp_path, pretraining(data_dir, bare_system, compile=True)) == [0]
     assert "which fails here (no C++ compiler)\n" in (tmp_path / "0" / "stdout").read_text()
     assert_same_run(tmp_path / "0" / "run", whole)
+
+
+def test_settings_carry_over_from_width_to_width(tmp_path, data_dir):
+    """Init and rate go by the rule that PRESETS state, and at equal steps a wider model is better."""
+    losses, tiny = [], parse_config(Config, pretrain.PRESETS, [])
+    for preset in ("narrow", "tiny", "wide"):
+        flags = dict(preset=preset, mix="toy-tinygsm", max_steps=40, eval_every=40, batch_size=2,
+                     data_dir=data_dir, out_dir=tmp_path / preset)
+        cfg = parse_config(Config, pretrain.PRESETS, [f"--{k}={v}" for k, v in flags.items()])
+        assert cfg.width / cfg.heads == tiny.width / tiny.heads
+        assert cfg.init_std * cfg.width**0.5 == pytest.approx(tiny.init_std * tiny.width**0.5, 0.02)
+        assert cfg.learning_rate == min(1, tiny.width / cfg.width) * tiny.learning_rate
+        losses.append(pretrain.main(cfg)["loss"]["toy-tinygsm"])
+    assert losses[0] > losses[1] + 0.2 and losses[1] > losses[2] + 0.05

@@ -2,11 +2,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import signal
 import tracemalloc
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from pretrain import autocast, compiled, parse_config, save, setup_distributed
 from rl import Batch, Config, Critic, Lab, Policy, Row, Trainer
 from test_pretrain import (CPU, SERVER, assert_same_run, at, deaths, raise_signals, rows_of, run,
                            script, tensors)
-from verify import Score
+from verify import FORMATS, Score, score
 
 QUICK = dict(max_steps=3, prompts_per_step=4, group_size=2, max_new_tokens=24, minibatch_size=4,
              micro_batch_size=3, eval_k=2, eval_every=2, save_every=1, sample_batch_size=8)
@@ -623,6 +625,56 @@ def test_presets_depend_on_the_algorithm():
 def test_snapshots_are_logarithmic_and_include_the_ends():
     steps = sorted(rl.snapshot_steps(1000))
     assert len(steps) == 16 and steps[:2] == [0, 1] and steps[-1] == 1000 and steps[8] == 32
+
+
+def optimum(prior, reward, beta: float):
+    """The distribution p that is best at p . reward - beta KL(p, prior), by ascent."""
+    logits = prior.log().requires_grad_()
+    adam = torch.optim.Adam([logits], 0.02)
+    for _ in range(1500):
+        p = logits.softmax(0)
+        loss = beta * (p * (p / prior).log()).sum() - p @ reward
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return p.detach()
+
+
+def test_optimal_shares_are_those_of_a_small_world():
+    """Two questions, completions of three formats, right or wrong: each a cell of a table."""
+    counts, reward, beta = torch.tensor([[[9, 1], [4, 6], [5, 5]], [[1, 9], [20, 2], [3, 5]]]), [0, 1], 0.3
+    samples = [{"place": q, "format": f, "reward": float(r)} for q in (0, 1)
+               for i, f in enumerate(FORMATS) for r in reward for _ in range(counts[q, i, r])]
+    found = rl.optimal_shares(samples, beta)
+    cells = [optimum(of_question.flatten() / of_question.sum(), torch.tensor([0.0, 1.0] * 3), beta)
+             for of_question in counts]
+    share = counts.sum(dim=(0, 2)) / counts.sum()
+    accuracy = counts[..., 1].sum(dim=0) / counts.sum(dim=(0, 2))
+    wanted = {"full tilt": sum(p.view(3, 2).sum(dim=1) for p in cells) / 2,
+              "re-weighting": optimum(share, accuracy, beta)}
+    for name, shares in wanted.items():
+        got = torch.tensor([found[name][f]["share"] for f in FORMATS])
+        torch.testing.assert_close(got, shares, atol=1e-3, rtol=0)
+
+
+def test_the_full_tilt_is_what_rejection_accepts():
+    """Of the authors' solutions: exact samples of pi e^(r / beta) / Z are those that are kept with
+    the chance e^((r - 1) / beta).
+    """
+    rng, beta, samples, kept = random.Random(0), 0.5, [], Counter()
+    for name, format in (("toy-tinygsm@div=sub", "tinygsm"), ("toy-omi2", "text")):
+        told = toy.problems("train", toy.AUTHORS.index(name.partition("@")[0]))
+        for i, document in enumerate(toy.corpus(name, 300)):
+            answer = str(next(told).values[-1])
+            reward = score(document.partition("\n\n")[2], answer).reward
+            samples.append({"place": i % 3, "format": format, "reward": reward})
+    for _ in range(200):
+        for s in samples:
+            if rng.random() < math.exp((s["reward"] - 1) / beta):
+                kept[s["place"], s["format"]] += 1
+    share = np.mean([kept[q, "text"] / (kept[q, "text"] + kept[q, "tinygsm"]) for q in range(3)])
+    assert abs(rl.optimal_shares(samples, beta)["full tilt"]["text"]["share"] - share) < 0.005
+    assert share < 0.47  # the careless author loses
 
 
 @pytest.mark.skipif("COMPILE" not in os.environ, reason="compiles for a minute: COMPILE=1 runs it")
