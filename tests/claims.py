@@ -58,10 +58,10 @@ def near_log(lines: dict) -> bool:
     """Whether steps fall with the share, nearer to a line in log(1 / share) than in 1 / share."""
     steps = [line["tinygsm steps"] for line in lines.values()]
     rarity = np.array([1 / max(line["tinygsm before"], 0.01) for line in lines.values()])
-    if math.nan in steps:
+    if math.nan in steps or steps != sorted(steps, reverse=True):
         return False
     off = [np.polyfit(x, steps, 1, full=True)[1].sum() for x in (np.log(rarity), rarity)]
-    return steps == sorted(steps, reverse=True) and off[0] < off[1]
+    return off[0] < off[1]
 
 
 # ---------------------------------------------------------------- the claims
@@ -260,7 +260,6 @@ def draw(name: str, values: np.ndarray, lines: list, columns: list) -> None:
         ranges = mean[i] - values[i].min(axis=1), values[i].max(axis=1) - mean[i]
         axes.errorbar(columns, mean[i], ranges, label=line, marker="o", capsize=3)
     axes.set(title=f"{name}: {CLAIMS[name].says}"[:90], ylabel="percent, or as named")
-    axes.tick_params(axis="x", labelrotation=20)
     axes.legend()
     runs.FOLDER.mkdir(parents=True, exist_ok=True)
     figure.savefig(runs.FOLDER / f"{name}.png", dpi=120)

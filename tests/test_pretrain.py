@@ -466,7 +466,7 @@ def test_what_a_system_lacks_is_done_without(tmp_path, data_dir, whole):
 
 
 def test_settings_carry_over_from_width_to_width(tmp_path, data_dir):
-    """Init and rate go by the rule that PRESETS state, and at equal steps a wider model is better."""
+    """Init and rate go by the rule that PRESETS state; at equal steps a wider model is better."""
     losses, tiny = [], parse_config(Config, pretrain.PRESETS, [])
     for preset in ("narrow", "tiny", "wide"):
         flags = dict(preset=preset, mix="toy-tinygsm", max_steps=40, eval_every=40, batch_size=2,

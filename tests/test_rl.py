@@ -642,9 +642,9 @@ def optimum(prior, reward, beta: float):
 
 def test_optimal_shares_are_those_of_a_small_world():
     """Two questions, completions of three formats, right or wrong: each a cell of a table."""
-    counts, reward, beta = torch.tensor([[[9, 1], [4, 6], [5, 5]], [[1, 9], [20, 2], [3, 5]]]), [0, 1], 0.3
+    counts, beta = torch.tensor([[[9, 1], [4, 6], [5, 5]], [[1, 9], [20, 2], [3, 5]]]), 0.3
     samples = [{"place": q, "format": f, "reward": float(r)} for q in (0, 1)
-               for i, f in enumerate(FORMATS) for r in reward for _ in range(counts[q, i, r])]
+               for i, f in enumerate(FORMATS) for r in (0, 1) for _ in range(counts[q, i, r])]
     found = rl.optimal_shares(samples, beta)
     cells = [optimum(of_question.flatten() / of_question.sum(), torch.tensor([0.0, 1.0] * 3), beta)
              for of_question in counts]
