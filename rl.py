@@ -662,7 +662,8 @@ def main(cfg: Config) -> dict:
                     save_run()
         except Stopped:
             save_run()
-            run.say(f"stopped at step {step}: the same command continues it")
+            run.say(f"stopped at step {step}: the same command continues it; what was sampled of a "
+                    "rollout that is not finished (of ei: a round) is sampled again")
             return evaluations[-1] if evaluations else {}
         save_run()
         first, last = evaluations[0], evaluations[-1]
