@@ -8,7 +8,7 @@ from data import UserError, reason, toy
 from data.prepare import find_files
 from verify import gold_answer, read_rows
 
-TOY_STEPS = {"toy": (1, 3), "toy-hard": (4, 6)}
+TOY_STEPS = {"toy": (1, 3), "toy-hard": (2, 4)}
 TOY_SIZE = {"train": 4096, "test": 256}
 HUB = {
     "gsm8k": "openai/gsm8k/main/{split}-*.parquet",

@@ -1,6 +1,6 @@
 """The embedded corpora: grade-school stories that need no network, solved by three "authors".
 
-A problem is a chain: a start and one to three operations on it (`toy-hard`: four to six), told by
+A problem is a chain: a start and one to three operations on it (`toy-hard`: two to four), told by
 one of eight story families. The authors write in the formats of the corpora that they stand for:
 toy-tinygsm a Python function, toy-omi1 an <llm-code> block with its output, toy-omi2 prose.
 Everything is a function of its seed.
