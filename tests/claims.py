@@ -256,10 +256,11 @@ def draw(name: str, values: np.ndarray, lines: list, columns: list) -> None:
         values, lines, columns = values.swapaxes(0, 1), columns, lines
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, mean = figure.subplots(), values.mean(axis=2)
-    for i, line in enumerate(lines):
-        ranges = mean[i] - values[i].min(axis=1), values[i].max(axis=1) - mean[i]
-        axes.errorbar(columns, mean[i], ranges, label=line, marker="o", capsize=3)
-    axes.set(title=f"{name}: {CLAIMS[name].says}"[:90], ylabel="percent, or as named")
+    ranges = np.stack((mean - values.min(axis=2), values.max(axis=2) - mean), axis=1)
+    for line, x, spread in zip(lines, mean, ranges):
+        axes.errorbar(columns, x, spread, label=line, marker="o", capsize=3)
+    says = re.split("[;,:]", CLAIMS[name].says)[0]
+    axes.set(title=f"{name}: {says}", ylabel="percent, or as named; bars: lowest, highest seed")
     axes.legend()
     runs.FOLDER.mkdir(parents=True, exist_ok=True)
     figure.savefig(runs.FOLDER / f"{name}.png", dpi=120)
@@ -281,11 +282,10 @@ def main(argv: list[str]) -> None:
         return print("\n".join(f"{name}  {claim.says}" for name, claim in CLAIMS.items()))
     family = {name: [run for leaf in CLAIMS[name].runs.values() for run in leaf.family()]
               for name in names}
-    if args.scale == "paper":
+    if args.scale:
         needed = [run for name in names for run in family[name] if run.script != "losses"]
-        for run in dict.fromkeys(map(at_scale, needed)):
-            print(f"torchrun {run.script}.py", *run.argv(0))
-        return
+        scaled = dict.fromkeys(map(at_scale, needed))
+        return print("\n".join(f"torchrun {x.script}.py {' '.join(x.argv(0))}" for x in scaled))
     record = read_json(RECORD) if RECORD.exists() else {}
     for name in names:
         runs.make(family[name], args.seeds, args.jobs, record, RECORD)
