@@ -27,7 +27,7 @@ RECORD = Path(__file__).with_name("claims.json")
 # ---------------------------------------------------------------- what is read off a run
 OUTCOME = ["greedy", "pass@1", *FORMATS]
 WHOLE = [f"{f} before" for f in FORMATS] + OUTCOME
-BY_KIND = [f"{f} {kind}" for kind in "*/" for f in FORMATS]
+NONE = {"share": 0, "accuracy": math.nan}
 
 
 def number(figures: dict, column: str) -> float:
@@ -35,12 +35,12 @@ def number(figures: dict, column: str) -> float:
     if "loss" in figures:
         return figures["loss"][column]
     (name, _, of), start, end = column.partition(" "), figures["start"], figures["end"]
+    if name in ("docstring", "plain"):  # of tinygsm's code: the share with one, its accuracy
+        return 100 * end["code"].get(name, NONE)["accuracy" if of == "right" else "share"]
     if of == "steps":  # until the format holds half of a rollout
         return next((i for i, x in enumerate(figures["path"][name], 1) if x >= 0.5), math.nan)
-    if of == "before":
-        return 100 * start["formats"][name]["share"]
-    if of == "right":  # its accuracy before
-        return 100 * (start["formats"][name]["accuracy"] or 0)
+    if of in ("before", "right"):  # its share, its accuracy before
+        return 100 * (start["formats"][name]["share" if of == "before" else "accuracy"] or 0)
     if of in ("full tilt", "re-weighting"):  # its share in theory
         return 100 * start["optimal"][of][name]["share"]
     if of in ("*", "/"):  # its share of the questions that have one and not the other
@@ -54,14 +54,18 @@ def winner(line: dict, of: str = "") -> str:
     return max(FORMATS, key=lambda f: line[f + of])
 
 
+def moved(line: dict) -> float:
+    return sum(abs(line[f] - line[f + " before"]) for f in FORMATS)
+
+
 def near_log(lines: dict) -> bool:
     """Whether steps fall with the share, nearer to a line in log(1 / share) than in 1 / share."""
     steps = [line["tinygsm steps"] for line in lines.values()]
     rarity = np.array([1 / max(line["tinygsm before"], 0.01) for line in lines.values()])
     if math.nan in steps or steps != sorted(steps, reverse=True):
         return False
-    off = [np.polyfit(x, steps, 1, full=True)[1].sum() for x in (np.log(rarity), rarity)]
-    return off[0] < off[1]
+    log, plain = (np.polyfit(x, steps, 1, full=True)[1] for x in (np.log(rarity), rarity))
+    return log < plain
 
 
 # ---------------------------------------------------------------- the claims
@@ -98,9 +102,8 @@ CLAIMS = {
             rise := [x["PPO"][c] - x["base"][c] for c in ("greedy", "maj@k", "pass@64")]
         ) == sorted(rise, reverse=True)),
     "C2": Claim(
-        "a KL coefficient keeps minority formats at a comparable pass@1; a small one acts as none",
-        "shares at 0.001 are within 5 points of those at 0; at 0.1 the minorities hold 10% or more "
-        "and greedy pass@1 is within 5 points of that at 0",
+        "a KL coefficient keeps minorities at the same greedy pass@1; a small one acts as none",
+        "0.001: shares within 5 points of 0's; 0.1: minorities hold 10%, greedy within 5 of 0's",
         {f"kl {kl}": PPO if kl == 0.03 else tune(STUDY, kl_coef=kl)
          for kl in (0, 0.001, 0.03, 0.1, 0.3)},
         [*OUTCOME, "tinygsm full tilt", "tinygsm re-weighting"],
@@ -110,8 +113,7 @@ CLAIMS = {
     "C3": Claim(
         "the format most accurate at the start wins, until a worse one is too frequent: that one "
         "wins then, and accuracy drops; what is absent never appears",
-        "at x1 the most accurate wins; at x8 omi1 wins, greedy pass@1 5 points below x1's; without "
-        "tinygsm in pretraining it stays below 0.1%",
+        "x1: the most accurate wins; x8: omi1, greedy 5 points below x1's; what is absent: <0.1%",
         {"omi1 x1": of_budget(34, 33, 33), "omi1 x2": of_budget(25, 50, 25),
          "omi1 x4": of_budget(17, 66, 17), "omi1 x8": of_budget(10, 80, 10),
          "no tinygsm": of_budget(0, 50, 50)},
@@ -122,24 +124,25 @@ CLAIMS = {
     "C4": Claim(
         "more passes over TinyGSM are better after RL",
         "greedy pass@1 after RL is 5 points higher with two passes than with a quarter of one",
-        {name: tune(base(f"toy-tinygsm:{passes:g},toy-omi1@div=sub,toy-omi2:1.3")) if passes != 1
-         else PPO for name, passes in (("1/4 pass", 0.25), ("1/2", 0.5), ("1", 1), ("2", 2))} | {
+        {f"{n} pass": PPO if n == 1 else tune(base(STUDY.flags[0][1].replace(",", f":{n},", 1)))
+         for n in (0.25, 0.5, 1, 2)} | {
          "shares of 1/4, tokens of 1": of_budget(9.77, 44.58, 45.65, tokens="3.95e+06"),
          "shares of 2, tokens of 1": of_budget(46.41, 26.47, 27.12, tokens="3.95e+06")},
-        WHOLE, lambda x: x["2"]["greedy"] >= x["1/4 pass"]["greedy"] + 5),
+        WHOLE, lambda x: x["2 pass"]["greedy"] >= x["0.25 pass"]["greedy"] + 5),
     "C5": Claim(
         "scale decides which format wins: code at the small size, prose at the large",
-        "more than half of the samples end in code at width 48, in prose at width 96",
+        "the most frequent format is code at width 48, prose at 96, each the most accurate before",
         {f"width {n}": tune(base(SIZES, preset=x)) for n, x in ((48, "narrow"), (96, "tiny"))},
         [*(f"{f} right" for f in FORMATS), *WHOLE],
-        lambda x: x["width 48"]["text"] < 50 < x["width 96"]["text"]),
+        lambda x: winner(x["width 48"]) != "text" == winner(x["width 96"])
+        and all(winner(line) == winner(line, " right") for line in x.values())),
     "C6": Claim(
         "PPO and GRPO collapse the mixture, Expert Iteration shifts it mildly",
-        "PPO and GRPO end with 90% in one format, Expert Iteration from the base with less",
+        "PPO and GRPO end with 90% in one format; EI from the base moves the shares half as far",
         {"PPO": PPO, "GRPO": tune(STUDY, "grpo"), "REINFORCE": tune(STUDY, "reinforce"),
          "EI": tune(STUDY, "ei"), "EI online": tune(STUDY, "ei", restart_from_base="false")},
-        [*WHOLE, "tinygsm steps"], lambda x: max(x["EI"][f] for f in FORMATS) < 90
-        <= min(max(x[algo][f] for f in FORMATS) for algo in ("PPO", "GRPO"))),
+        [*WHOLE, "tinygsm steps"], lambda x: moved(x["EI"]) < moved(x["PPO"]) / 2
+        and all(max(x[algo][f] for f in FORMATS) >= 90 for algo in ("PPO", "GRPO"))),
     "C7": Claim(
         "RL on easy questions helps on harder ones",
         "greedy pass@1 on toy-hard rises by 5 points with RL on toy",
@@ -147,11 +150,11 @@ CLAIMS = {
         OUTCOME, lambda x: x["PPO on toy"]["greedy"] >= x["base"]["greedy"] + 5),
     "C8": Claim(
         "within the winning format RL sharpens conventions",
-        "the share of docstrings in tinygsm's code moves by 10 points",
+        "the share of tinygsm's code that has a docstring moves by 10 points",
         {f"step {step}": tune(PPO, "eval", file=f"step_{step:06d}.pt")
          for step in (0, 3, 9, 21, 48)},
-        ["docstrings", *OUTCOME],
-        lambda x: abs(x["step 48"]["docstrings"] - x["step 0"]["docstrings"]) >= 10),
+        ["docstring", "docstring right", "plain right", *OUTCOME],
+        lambda x: abs(x["step 48"]["docstring"] - x["step 0"]["docstring"]) >= 10),
     "C9": Claim(
         "RL on harder questions helps less, even on these",
         "greedy pass@1 on toy-hard ends higher with RL on toy than with as many steps on toy-hard",
@@ -161,11 +164,10 @@ CLAIMS = {
     "K1": Claim(
         "control: a reward by lot moves no format", "no share moves by more than 15 points",
         {"reward by lot": tune(STUDY, task="toy-random", eval_task="toy")}, WHOLE,
-        lambda x: all(abs(line[f] - line[f + " before"]) <= 15 for line in x.values()
-                      for f in FORMATS)),
+        lambda x: all(abs(y[f] - y[f + " before"]) <= 15 for y in x.values() for f in FORMATS)),
     "K2": Claim(
         "control: RL is more than the base at a low temperature",
-        "RL ends with 90% in a format that has 50% of the base's samples at no temperature",
+        "RL ends with 90% in a format that has 50% of the base's samples at none of five",
         {f"base at {t}": tune(STUDY, "eval", eval_temperature=t) for t in (0.1, 0.3, 0.5, 0.7, 1)}
         | {"PPO": PPO},
         OUTCOME, lambda x: x["PPO"][winner(x["PPO"])] >= 90
@@ -178,16 +180,15 @@ CLAIMS = {
         lambda x: min(x["base"], key=lambda c: x["PPO"][c] - x["base"][c]) == "toy-tinygsm"),
     "K4": Claim(
         "a format of start share s takes over in O(log 1/s) steps (arXiv 2510.11495)",
-        "tinygsm comes to hold half of the rollout, the later the rarer it was, and the steps are "
-        "nearer to a line in log 1/s than to one in 1/s",
+        "from all s tinygsm comes to hold half, the later the rarer, nearer to log 1/s than to 1/s",
         {"1%": of_budget(1, 50, 49), "3%": of_budget(3, 49, 48), "10%": of_budget(10, 45, 45),
          "34%": of_budget(34, 33, 33)},
         [*WHOLE, "tinygsm steps"], near_log),
     "K5": Claim(
         "RL routes where formats are right on different problems, and collapses where one is best",
-        "apart: tinygsm's share of problems with * is 50 points above that of those with /, omi1's "
-        "as much below; alike: neither differs by more than 20",
-        {"apart": tune(base(APART)), "alike": tune(base(ALIKE))}, [*BY_KIND, *OUTCOME],
+        "apart: tinygsm has 50 points more of * than of /, omi1 as many less; alike: at most 20",
+        {"apart": tune(base(APART)), "alike": tune(base(ALIKE))},
+        [*(f"{f} {kind}" for kind in "*/" for f in FORMATS), *OUTCOME],
         lambda x: all(sign * (x["apart"][f"{f} *"] - x["apart"][f"{f} /"]) >= 50
                       and abs(x["alike"][f"{f} *"] - x["alike"][f"{f} /"]) <= 20
                       for f, sign in (("tinygsm", 1), ("omi1", -1)))),
@@ -205,9 +206,8 @@ def at_scale(run: Run) -> Run:
             rest, flags["tokens"] = "finemath3:35%,algebraic-stack:35%,", "5e10"
         size = "1b" if flags.get("preset") == "tiny" else "150m"  # only C5 names a size
         return Run("pretrain", tuple((flags | {"mix": rest + mix, "preset": size}).items()))
-    task = "gsm8k"
-    if flags.get("task") == "toy-hard":
-        task = "math500" if flags["algo"] == "eval" else "math"
+    hard = "math500" if flags["algo"] == "eval" else "math"
+    task = hard if flags.get("task") == "toy-hard" else "gsm8k"
     kept = ("algo", "kl_coef", "eval_temperature", "restart_from_base")
     flags = {name: flags[name] for name in kept if name in flags}
     flags |= {"preset": "paper", "task": task}

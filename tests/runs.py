@@ -97,7 +97,7 @@ def save(path: Path, text: str) -> None:
 
 def work(job: tuple[Run, int]) -> tuple[str, dict]:
     """Makes a run, or continues it, in a process of its own; returns its name and its figures."""
-    (run, seed), started = job, time.perf_counter()
+    run, seed = job
     folder = FOLDER / run.name(seed)
     with (open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log),
           contextlib.redirect_stderr(log)):
@@ -107,8 +107,7 @@ def work(job: tuple[Run, int]) -> tuple[str, dict]:
             if pretrain.dist.is_initialized():
                 pretrain.dist.destroy_process_group()
     command = f"{run.script}.py {' '.join(run.argv(seed))}"
-    minutes = round((time.perf_counter() - started) / 60, 2)
-    return folder.name, {"command": command, "code": CODE, "minutes": minutes, **figures}
+    return folder.name, {"command": command, "code": CODE, **figures}
 
 
 def config(run: Run, seed: int):
@@ -126,11 +125,14 @@ def train(run: Run, seed: int, folder: Path) -> dict:
     if not ends or ends[-1]["step"] < step or step == 0 and dict(run.flags)["algo"] != "eval":
         raise UserError("stopped: the same command continues")
     if run.script == "pretrain":
-        return {"loss": ends[-1]["loss"]}
+        speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train"]
+        seconds = rows[-2]["tokens"] / statistics.harmonic_mean(speeds)
+        return {"minutes": seconds / 60, "loss": ends[-1]["loss"]}
+    minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
     first, last = (measure(row, folder) for row in (ends[0], ends[-1]))
     path = {f: [round(row[f"share_{f}"], 3) for row in rows if row["kind"] == "train"]
             for f in FORMATS}
-    return {"start": first, "end": last, "path": path}
+    return {"minutes": minutes, "start": first, "end": last, "path": path}
 
 
 def losses(run: Run, seed: int) -> dict:
@@ -140,7 +142,7 @@ def losses(run: Run, seed: int) -> dict:
     model, _ = pretrain.load_model(FOLDER / run.parent.name(seed), processes.device)
     patient = SimpleNamespace(processes=processes, stopping=lambda: False)
     amp, mixture = contextlib.nullcontext(), pretrain.load_mixture(cfg, processes)
-    return {"loss": pretrain.held_out_losses(model, mixture, 8, amp, patient)}
+    return {"minutes": 0, "loss": pretrain.held_out_losses(model, mixture, 8, amp, patient)}
 
 
 def read_rows(file: Path) -> list[dict]:
@@ -155,11 +157,12 @@ def measure(row: dict, folder: Path) -> dict:
         groups.setdefault(s["place"], []).append(int(s["reward"]))
     passes = {str(k): statistics.mean(pass_at_k(row["k"], sum(g), k) for g in groups.values())
               for k in (1, 2, 4, 8, 16, 32, 64) if k <= row["k"]}
-    code = ['"""' in s["completion"] for s in samples if s["format"] == "tinygsm"]
+    code = [{**s, "format": "docstring" if '"""' in s["completion"] else "plain"}
+            for s in samples if s["format"] == "tinygsm"]
     return {"n": row["n"], "greedy": row["pass@1"], "maj@k": row["maj@k"], "pass@": passes,
             "formats": shares(samples), "optimal": row.get("optimal_shares", {}),
             "kinds": {kind: shares([s for s in samples if s["id"] == kind]) for kind in "+*/"},
-            "docstrings": sum(code) / len(code) if code else None}
+            "code": {name: x for name, x in shares(code).items() if name not in FORMATS}}
 
 
 def leave_with(parent: int) -> None:
