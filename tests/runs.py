@@ -107,7 +107,8 @@ def work(job: tuple[Run, int]) -> tuple[str, dict]:
             if pretrain.dist.is_initialized():
                 pretrain.dist.destroy_process_group()
     command = f"{run.script}.py {' '.join(run.argv(seed))}"
-    return folder.name, {"command": command, "code": CODE, **figures}
+    text = json.dumps({"command": command, "code": CODE, **figures})
+    return folder.name, json.loads(text, parse_float=lambda x: round(float(x), 4))
 
 
 def config(run: Run, seed: int):
