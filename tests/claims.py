@@ -43,7 +43,7 @@ def number(figures: dict, column: str) -> float:
         return 100 * (start["formats"][name]["share" if of == "before" else "accuracy"] or 0)
     if of in ("full tilt", "re-weighting"):  # its share in theory
         return 100 * start["optimal"][of][name]["share"]
-    if of in ("*", "/"):  # its share of the questions that have one and not the other
+    if of in ("+", "*", "/"):  # its share of the questions that have one of * and /, or none
         return 100 * end["kinds"][of][name]["share"]
     if name in FORMATS:
         return 100 * end["formats"][name]["share"]
@@ -133,7 +133,7 @@ CLAIMS = {
         "scale decides which format wins: code at the small size, prose at the large",
         "the most frequent format is code at width 48, prose at 96, each the most accurate before",
         {f"width {n}": tune(base(SIZES, preset=x)) for n, x in ((48, "narrow"), (96, "tiny"))},
-        [*(f"{f} right" for f in FORMATS), *WHOLE],
+        [*(f"{f} right" for f in FORMATS), *WHOLE, "text +", "text *", "text /"],
         lambda x: winner(x["width 48"]) != "text" == winner(x["width 96"])
         and all(winner(line) == winner(line, " right") for line in x.values())),
     "C6": Claim(
@@ -249,10 +249,10 @@ def report(claim: str, seeds: int, record: dict, markdown: bool) -> None:
 
 def draw(name: str, values: np.ndarray, lines: list, columns: list) -> None:
     """Means and ranges of values (lines, columns, seeds): of C1 a curve for each line, over k."""
-    if name == "C1":
-        shown = [i for i, column in enumerate(columns) if "pass@" in column]
-        values, columns = values[:, shown], [columns[i] for i in shown]
-    else:  # a curve for each column, over the lines
+    shown = [i for i, column in enumerate(columns) if (
+        "pass@" in column if name == "C1" else column.split()[-1] not in ("before", "right"))]
+    values, columns = values[:, shown], [columns[i] for i in shown]
+    if name != "C1":  # a curve for each column, over the lines
         values, lines, columns = values.swapaxes(0, 1), columns, lines
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, mean = figure.subplots(), values.mean(axis=2)
