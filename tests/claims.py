@@ -1,7 +1,7 @@
 """The study's claims C1 to C9 and controls K1 to K5, each by one command on two cores:
 `python tests/claims.py C3`, or `all`; `--list` says what they are.
 
-A claim declares runs, what is read off each, and a criterion that was fixed before any was made.
+A claim declares runs, what is read off each, and a criterion for one seed.
 Claims share runs (tests/runs.py). Killed, the same command continues; tests/claims.json keeps the
 figures of every finished run: those are not made again.
 """
