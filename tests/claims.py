@@ -234,12 +234,12 @@ def report(claim: str, seeds: int, record: dict, markdown: bool) -> None:
     verdict = f"holds in {held.count('True')} of {seeds} seeds; {minutes:.0f} minutes of a thread"
     rows = [["", *columns], *([line, *map(cell, x)] for line, x in zip(lines, values))]
     if markdown:
-        rows.insert(1, ["---"] * len(rows[0]))
-        print(f"\n**{claim}: {says}.** {verdict}.\n")
-        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        text = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+        print(f"\n**{claim}: {says}.** {verdict}.\n", *text, sep="\n")
     else:
         widths = [max(map(len, column)) for column in zip(*rows)]
-        print(f"\n{claim}: {says}\n\n" + "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+        text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        print(f"\n{claim}: {says}\n", *text, sep="\n")
         print(f"\ncriterion: {criterion}\nverdict: {verdict} ({', '.join(held)})")
     if {x["code"] for of_seed in figures for x in of_seed.values()} != {runs.CODE}:
         print("note: not all of these runs were made by the four files as they are now")
