@@ -22,10 +22,10 @@ import claims
 from runs import base, tune
 
 BASE = base(width=32, heads=2, layers=2, max_steps=8, save_every=2, log_every=2, eval_every=8)
-SMALL = dict(n=8, prompts_per_step=4, max_new_tokens=8, max_steps=3, save_every=1)
+ONE = tune(BASE, n=8, prompts_per_step=4, max_new_tokens=8, max_steps=3, save_every=1)
 CLAIMS = {{
-    "yes": claims.Claim("a", "b", {{"one": tune(BASE, **SMALL)}}, ["greedy"], lambda x: True),
-    "no": claims.Claim("a", "b", {{"one": tune(BASE, **SMALL), "base": tune(BASE, "eval", n=8)}},
+    "yes": claims.Claim("a", "b", {{"one": ONE}}, ["greedy"], lambda x: True),
+    "no": claims.Claim("a", "b", {{"one": ONE, "again": tune(ONE, "eval", n=8)}},
                        ["greedy", "tinygsm steps"], lambda x: x["one"]["greedy"] > 100),
 }}
 claims.CLAIMS, claims.RECORD = CLAIMS, Path("record.json")
