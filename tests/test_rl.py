@@ -472,19 +472,21 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(
     assert_same_run(whole(name), tmp_path / "0" / "run")
 
 
-@pytest.mark.parametrize("place, call, number, world", [
-    ("generate", 1, signal.SIGTERM, 1), ("generate", 4, signal.SIGINT, 1),
-    ("learn", 2, signal.SIGTERM, 1), ("evaluate", 2, signal.SIGINT, 1),
-    ("generate", 5, signal.SIGTERM, 2), ("learn", 2, signal.SIGTERM, 2)])
+@pytest.mark.parametrize("place, call, number, world, step", [
+    ("generate", 1, signal.SIGTERM, 1, 0), ("generate", 4, signal.SIGINT, 1, 1),
+    ("learn", 2, signal.SIGTERM, 1, 2), ("evaluate", 2, signal.SIGINT, 1, 3),
+    ("generate", 5, signal.SIGTERM, 2, 2), ("learn", 2, signal.SIGTERM, 2, 2)])
 def test_a_signal_to_one_rank_in_any_phase_saves_exits_with_0_and_the_run_goes_on(
-        base, questions, tmp_path, whole, place, call, number, world):
-    """Two ranks see what one sees, and stop and continue together."""
+        base, questions, tmp_path, whole, place, call, number, world, step):
+    """Two ranks see what one sees, and stop and continue together; no other save was due."""
     folder, undisturbed = tmp_path / "run", whole("ppo")
-    work = functools.partial(training, base, questions=questions, out_dir=folder)
+    work = functools.partial(
+        training, base, questions=questions, out_dir=folder, save_every=1000)
     signals = functools.partial(raise_signals, number)
     accident = functools.partial(at, f"rl.{place}", call, signals, world - 1)
     assert run(tmp_path, work(accident), world) == [0] * world
     assert "the same command continues it" in (tmp_path / "0" / "stdout").read_text()
+    assert torch.load(folder / "ckpt.pt", weights_only=True)["step"] == step
     assert run(tmp_path, work(), world) == [0] * world
     if world == 1:
         return assert_same_run(undisturbed, folder)
