@@ -29,7 +29,7 @@ import torch.distributed.nn  # while there is no group: its functions would keep
 from tqdm import tqdm
 
 from data import UserError, cores, lock, reason
-from data.files import fingerprint, read_json, write_atomically, writing
+from data.files import fingerprint, nested, read_json, write_atomically, writing
 from data.mixture import Mixture, parse_mix
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer
@@ -253,11 +253,13 @@ def launch(main, cls, presets: dict) -> None:
     try:
         main(parse_config(cls, presets, sys.argv[1:]))
         dist.destroy_process_group()
-    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError, BrokenPipeError) as error:
         text = f"{type(error).__name__}: {error}"
         memory = "out of memory: lower --micro_batch_size (rl.py: or --sample_batch_size)"
+        again = "stopped: the same command starts again"
         known = {"UserError: ": str(error), "MemoryError": memory, "can't allocate memory": memory,
-                 "KeyboardInterrupt": "stopped: the same command starts again",
+                 "KeyboardInterrupt": again, "BrokenPipe": again,  # the latter as behind `| head`
+                 "state_dict": "weights of another model: name another run, or make it anew",
                  "by peer": "another process of this run has died: its message is the one to read"}
         sentences = [known[part] for part in known if part in text]
         if not sentences:
@@ -299,7 +301,7 @@ def parse_config(cls, presets: dict, argv: list):
 
 RANGES = [  # names, what holds for them, in words; every other number is above 0
     ("tokens warmup_steps weight_decay max_steps seed kl_coef eval_temperature",
-     lambda x: 0 <= x < math.inf, "0 or more"),
+     lambda x: 0 <= x < 2**63, "0 or more, and less than 2^63"),
     ("beta1 beta2 warmup", lambda x: 0 <= x < 1, "0 or more and below 1"),
     ("min_learning_rate gae_lambda", lambda x: 0 <= x <= 1, "from 0 to 1"),
     ("top_p eval_top_p learning_rate critic_learning_rate", lambda x: 0 < x <= 1,
@@ -359,11 +361,10 @@ def setup_distributed(device: str) -> Processes:
         torch.set_float32_matmul_precision("high")
     elif neighbours > 1:
         torch.set_num_threads(max(1, cores() // neighbours))
-    # glibc hands large freed blocks back to the kernel, to be zeroed at each new allocation; to
-    # keep them doubles the speed of a small model (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
+    # large freed blocks that glibc keeps are not zeroed again: twice the speed of a small model
     with contextlib.suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL("libc.so.6").mallopt(-3, 32 << 20)
-        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)
+        ctypes.CDLL("libc.so.6").mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if not dist.is_initialized():
         group = {"timeout": datetime.timedelta(days=7)}  # rank 0 may make a corpus first
         if "RANK" not in os.environ:
@@ -425,7 +426,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             used = {x for x in self.folder.iterdir() if x.suffix != ".tmp" and x.stat().st_size}
             theirs = read_json(file) if file in used else {}
-            known = theirs.get("run", {}).get("inputs", {})
+            known = nested(theirs, "run", "inputs")
             if used and not known:
                 raise UserError(f"{self.folder} is not empty and not of a run like this: {instead}")
             log = open(self.log, "ab")
@@ -448,15 +449,14 @@ class Run:
         """The checkpoint to continue from, or None; rows behind it leave the log, to come again."""
         state = {"log_size": 0, "step": 0}
         if there := any(self.processes.gather(self.checkpoint.exists())):
-            state = load_checkpoint(self.checkpoint, self.processes.device)
+            state = load_checkpoint(self.checkpoint, "log_size")
         self.bar.initial = self.bar.n = state["step"]
         self.processes.first(lambda: self.cut_log(state["log_size"]))
         return state if there else None
 
     def cut_log(self, size):
         if self.log.stat().st_size < size:
-            raise UserError(f"{self.log} is shorter than when ckpt.pt was saved: bring it back, or "
-                            "--overwrite=true starts afresh")
+            raise UserError(f"{self.log} is cut: bring it back, or --overwrite=true starts afresh")
         os.truncate(self.log, size)
 
     def save(self, state: dict) -> None:
@@ -477,8 +477,10 @@ class Run:
             self.say(" ".join(f"{name} {x:.4g}" for name, x in numbers))
 
     def say(self, text):
-        if self.processes.rank == 0:
-            tqdm.write(text)
+        try:
+            self.processes.rank or tqdm.write(text)
+        except BrokenPipeError:  # as behind `| tee` at Ctrl-C: stop as if told to, behind a save
+            self.stop_seen = True
 
 
 def save(path: Path, content) -> None:
@@ -491,13 +493,11 @@ def save(path: Path, content) -> None:
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def load_checkpoint(path: Path, device) -> dict:
-    """A state that `save` wrote; unpickles tensors and plain types only."""
+def load_checkpoint(path: Path, key="model") -> dict:
+    """A state that `save` wrote, with `key`; unpickles tensors and plain types only."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        return {**state, "gpt": GPTConfig(**state["gpt"])}
-    except torch.OutOfMemoryError:
-        raise
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "gpt": GPTConfig(**state["gpt"]), key: state[key]}
     except Exception as error:  # zipfile, pickle and torch have their own for a damaged file
         why = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise UserError(f"{path} {why}: name another, or make it anew") from None
@@ -510,7 +510,7 @@ def model_state(model, tokenizer: str) -> dict:
 
 def load_model(path, device) -> tuple:
     """The model of a run's folder or of a .pt file, and the name of its tokenizer."""
-    state = load_checkpoint(Path(path) / "ckpt.pt" if Path(path).is_dir() else path, "cpu")
+    state = load_checkpoint(Path(path) / "ckpt.pt" if Path(path).is_dir() else path)
     model = GPT(state["gpt"])
     model.load_state_dict(state["model"])
     return model.to(device), state["tokenizer"]

@@ -68,8 +68,8 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 # ---------------------------------------------------------------- the answer in prose
 INSIDE = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+\})*+"
-BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({INSIDE})\}}")
-boxes = BOX.findall  # boxes(text): what each \boxed{...} holds, with braces four deep
+BOX = re.compile(  # \boxed{...}, with braces four deep, or \boxed 5
+    rf"\\(?:boxed|fbox)(?:\s*\{{|\s+(?=\d))((?<=\{{){INSIDE}(?=\}})|(?<!\{{)\d+)")
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]ns(?:wer)?(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
@@ -92,7 +92,7 @@ def first_problem(completion: str) -> str:
 
 def prose_answer(text: str) -> tuple[str | None, str]:
     """The last box, else what is behind "####" or "answer is"; its failure, or ""."""
-    boxed = boxes(re.sub(r"(\\boxed|\\fbox)\s+(\d+)", r"\1{\2}", text))
+    boxed = BOX.findall(text)
     if len(set(map(canonical, boxed[:100]))) > 2:  # which is fishing
         return None, "blocked"
     stated = boxed or [BEHIND.sub("", words) for words in STATED.findall(text)[-1:]]
@@ -537,11 +537,11 @@ def read_rows(file: str) -> Iterator[tuple[int, dict | str]]:
         lines = map(json.dumps, json.loads(text)) if array else text.split("\n")  # no splitlines
     except Exception as e:  # of the file, its compression or its JSON
         raise ValueError(f"{file} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    if not text:
+    if not text.strip("[ \t\r\n]"):
         raise ValueError(f"{file} is empty")
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line or "null")
+            row = json.loads(line or "null", parse_constant=lambda name: None)  # NaN
         except (ValueError, RecursionError) as error:
             row = error
         if line.strip():
@@ -552,7 +552,7 @@ def gold_answer(value) -> str:
     """What is behind "####", else a solution's last box, else the text. ValueError: no answer."""
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         _, hashes, behind = str(value).rpartition("####")
-        answer = behind if hashes else [str(value), *boxes(str(value))][-1]
+        answer = behind if hashes else [str(value), *BOX.findall(str(value))][-1]
         if answer.strip():
             return answer.strip()
     raise ValueError(f"no answer in {json.dumps(value)[:60]}: it must be a number or a text")
@@ -573,8 +573,8 @@ objects with completion, gold (also a worked solution), id or question, greedy: 
             if row.setdefault("greedy", False) not in (True, False):
                 raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
             gold = gold_answer(row["gold"])
-            unnamed = {"id", "question"}.isdisjoint(row) and number  # and an id may be shared
-            asked = json.dumps([row.get("id"), row.get("question"), gold, unnamed])
+            unnamed = row.get("id") is row.get("question") is None and number
+            asked = json.dumps([row.get("id"), row.get("question"), gold, unnamed])  # id: shared
             rows.append(row | {"gold": gold, "id": places.setdefault(asked, len(places))})
         except ValueError as error:
             bad.append(f"line {number}: {error}")

@@ -45,6 +45,13 @@ def read_json(path: str | Path) -> dict:
                         "choose another") from None
 
 
+def nested(value, *keys) -> dict:
+    """The object value[key][key]...; {} where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def fingerprint(value) -> str:
     """A short checksum of a model's weights, or of plain data."""
     if hasattr(value, "state_dict"):

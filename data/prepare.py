@@ -171,8 +171,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know all characters
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"data.prepare: {error}", file=sys.stderr)
         sys.exit(2)

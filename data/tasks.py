@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from data import UserError, reason, toy
 from data.prepare import find_files
+from data.tokens import LONGEST
 from verify import gold_answer, read_rows
 
 TOY_STEPS = {"toy": (1, 3), "toy-hard": (2, 4)}
@@ -49,17 +50,28 @@ def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list
             rows = enumerate(hub_rows(task, split, hub), 1)
     except ValueError as error:
         raise UserError(str(error)) from None
-    questions = [row_to_question(row, f"{task}-{split}-{i}", f"{file or task}, line {number}")
-                 for i, (number, row) in enumerate(rows)]
+    questions, refused = [], []
+    for i, (number, row) in enumerate(rows):
+        try:
+            place = f"{file or task}, line {number}"
+            questions.append(row_to_question(row, f"{task}-{split}-{i}", place))
+        except UserError as error:
+            if file:  # which its owner can mend; MATH has solutions with an empty box
+                raise
+            refused.append(str(error))
     if not questions:
-        raise UserError(f"{file or task} holds no question")
+        raise UserError(refused[0] if refused else f"{file or task} holds no question")
+    if refused and os.environ.get("RANK", "0") == "0":
+        print(f"{len(refused)} of {i + 1} rows passed over, such as {refused[0]}", flush=True)
     return questions
 
 
 def hub_rows(task: str, split: str, hub: str) -> list[dict]:
     """Rows of a task's files, from the hub or a mirror of its layout."""
-    import datasets  # slow, and the embedded tasks do without
-
+    try:
+        import datasets  # slow, and the embedded tasks do without
+    except ImportError:
+        raise UserError("datasets is missing: pip install -r requirements.txt") from None
     pattern = HUB[task].format(split=split)
     if split == "train" and pattern == HUB[task]:
         raise UserError(f"task {task} has no train questions: choose another, or --questions=FILE")
@@ -124,7 +136,8 @@ def fitting(name: str, questions: list[Question], encoding, context: int, room: 
     Rank 0 says how many do not. Raises UserError where none does.
     """
     start = encoding.eot_token  # as every document of pretraining begins, behind another's end
-    pairs = [(q, [start, *encoding.encode_ordinary(q.question + "\n\n")]) for q in questions]
+    pairs = [(q, [start, *encoding.encode_ordinary(q.question[:LONGEST] + "\n\n")])
+             for q in questions]
     pairs = [(q, ids) for q, ids in pairs if len(ids) + room <= context]
     if questions and not pairs:
         raise UserError(f"no {name} question fits: a context of {context} tokens less "

@@ -11,6 +11,8 @@ from data.tokenizer import get_tokenizer
 
 LONGEST = 1 << 19  # characters: 2^20 blanks in a row are too many for tiktoken's regex
 
+NOTES = set("source tokenizer sha256 files of done tokens documents skipped".split())  # of a .json
+
 
 def row_text(row: bytes | dict, fields: list[str]) -> str:
     """The text of a row; "" where it cannot be read, or a field is missing, blank or no text."""
@@ -41,9 +43,10 @@ def tokenize(rows: list, fields: list[str], tokenizer: str) -> tuple[bytes, int,
 
 
 def read_meta(path: Path) -> dict:
-    """What is known of a token file; empty where nothing is. Raises UserError."""
+    """What is known of a token file; empty where it is not all there. Raises UserError."""
     notes = path.with_suffix(".json")
-    return read_json(notes) if notes.exists() else {}
+    meta = read_json(notes) if notes.exists() else {}
+    return meta if NOTES <= meta.keys() else {}
 
 
 def save_meta(path: Path, meta: dict) -> None:

@@ -122,7 +122,7 @@ def train(run: Run, seed: int, folder: Path) -> dict:
     main(cfg)
     rows = read_rows(folder / "metrics.jsonl")
     ends = [row for row in rows if row["kind"] == "eval"]
-    step = pretrain.load_checkpoint(folder / "ckpt.pt", "cpu")["step"]
+    step = pretrain.load_checkpoint(folder / "ckpt.pt")["step"]
     if not ends or ends[-1]["step"] < step or step == 0 and dict(run.flags)["algo"] != "eval":
         raise UserError("stopped: the same command continues")
     if run.script == "pretrain":

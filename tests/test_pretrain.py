@@ -186,8 +186,8 @@ def test_no_setting_takes_a_number_that_makes_no_sense():
     """--learning_rate=inf was written to metrics.jsonl, --max_steps=-3 trained nothing."""
     numbers = [field.name for field in dataclasses.fields(Config) if field.type in (int, float)]
     senseless = [(name, x) for name in numbers for x in (float("nan"), float("inf"), -1)]
-    senseless += dict(grad_clip=0, batch_size=0, beta1=1, init_std=0, warmup=1.0, top_p=0.0,
-                      min_learning_rate=1.1, eval_top_p=1.1, gae_lambda=1.01, eval_k=0).items()
+    senseless += dict(grad_clip=0, batch_size=0, beta1=1, init_std=0, warmup=1.0, eval_top_p=0.0,
+                      min_learning_rate=1.1, seed=2**63, top_p=1.1, gae_lambda=2, eval_k=0).items()
     for name, x in senseless:
         with pytest.raises(UserError, match=f"^--{name}={x} must be "):
             pretrain.check_ranges(types.SimpleNamespace(**{name: x}))
@@ -225,6 +225,8 @@ def test_waiting_threads_soon_sleep_unless_the_user_says_how_they_wait(told, exp
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--micro_batch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--micro_batch"),
     (RuntimeError("[gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:3"), "has died"),
+    (BrokenPipeError(32, "Broken pipe"), "stopped"),
+    (RuntimeError("Error(s) in loading state_dict for GPT:\n\tMissing key(s)"), "another model"),
     (KeyboardInterrupt(), "stopped"), (UserError("Ж is no → of cp1252"), "rl.py: ? is no ? of"),
     (RuntimeError("CUDA error: peer access is not supported"), None)])
 def test_what_is_no_fault_of_the_code_is_one_sentence_and_nothing_else_is(
@@ -361,9 +363,10 @@ def test_a_folder_and_the_signals_are_a_run_s_until_it_ends_however(
     ("config.json", b".+", b"", "not of a run"), ("config.json", b".+", None, "not of a run"),
     ("config.json", b".{20}$", b"", "be read"), ("config.json", b".+", b"[1]", "be read"),
     ("config.json", b".+", b'{"model_type": "llama"}', "not of a run like this"),
+    ("config.json", b".+", b'{"run": "llama"}', "not of a run like this"),
     ("config.json", b'(omi1": ")', rb"\1new", "another content of toy-omi1 .new.* there"),
-    ("metrics.jsonl", b".+", None, "is shorter than"), ("ckpt.pt", b".+", b"no", "cannot be read"),
-    ("metrics.jsonl", b".$", b"", "is shorter than")])
+    ("metrics.jsonl", b".+", None, "is cut"), ("ckpt.pt", b".+", b"no", "cannot be read"),
+    ("metrics.jsonl", b".$", b"", "is cut")])
 def test_what_a_run_cannot_go_on_from_is_a_sentence_and_only_a_run_is_cleared(
         whole, tmp_path, data_dir, name, part, new, message):
     """A deleted metrics.jsonl was continued with NUL bytes, an empty config.json or a link as the
@@ -447,6 +450,20 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, data
     assert len(printed.splitlines()) == 1 and "mend that and start again" in printed
     folder = tmp_path / "0" / "run"
     assert checkpoint(folder)["step"] == 3 and not list(folder.glob("*.tmp"))
+
+
+def close_stdout() -> None:
+    reads, writes = os.pipe()
+    os.close(reads), os.dup2(writes, 1)
+
+
+def test_a_pipe_that_closes_stops_a_run_as_a_signal_does(tmp_path, data_dir, whole):
+    """At Ctrl-C `| tee log` ends first; what was behind the last checkpoint was lost."""
+    closed = partial(at, "pretrain.Mixture.batch", 5, close_stdout, 0)
+    assert run(tmp_path, pretraining(data_dir, closed, log_every=1)) == [0]
+    assert checkpoint(tmp_path / "0" / "run")["step"] == 6
+    assert run(tmp_path, pretraining(data_dir)) == [0]
+    assert_same_run(tmp_path / "0" / "run", whole)
 
 
 def bare_system(rank: int) -> None:

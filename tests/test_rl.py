@@ -60,8 +60,6 @@ def batch_of(rows) -> Batch:
 
 
 # ---------------------------------------------------------------- advantages
-
-
 def test_gae_agrees_with_numbers_worked_out_by_hand():
     """At a terminal token (row 0) and before padding (row 1): trl#1536, cleanrl#16."""
     reward = torch.tensor([[0.0, 0.0, 1.0], [0.5, 1.0, 9.0]])
@@ -103,8 +101,6 @@ def test_expert_iteration_learns_from_correct_completions_once():
 
 
 # ---------------------------------------------------------------- log-probs and losses
-
-
 def test_sharing_a_prompt_and_padding_change_no_log_prob_and_no_gradient():
     """Attention behind the end (trl#2708), shifted positions (trl#6800), logits of T = 1 (trl#3029)
     or off by one from their labels (trlx#509), among others."""
@@ -196,7 +192,6 @@ def test_the_value_loss_takes_the_larger_of_the_clipped_and_the_plain_error():
 
 
 # ---------------------------------------------------------------- updates
-
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 
 
@@ -357,8 +352,6 @@ def test_each_algorithm_learns_the_token_that_is_rewarded(algo, steps):
 
 
 # ---------------------------------------------------------------- rollouts
-
-
 def sampled(base, numbers, world=1, rank=0, **changes) -> list[Row]:
     """A rollout of a question for each number."""
     lab = make_lab(settings("unused", base, temperature=0.7, **changes))
@@ -420,7 +413,6 @@ def test_a_rollout_of_the_paper_s_expert_iteration_is_held_in_1_5_gb(monkeypatch
 
 
 # ---------------------------------------------------------------- runs
-
 SERVER.set_forkserver_preload(["test_pretrain", "test_rl", "torch._dynamo", "matplotlib"])
 VARIANTS = {"ppo": {}, "grpo": {"algo": "grpo"}, "ei": {"algo": "ei", "epochs": 2},
             "online ei": {"algo": "ei", "restart_from_base": False}}
@@ -480,8 +472,7 @@ def test_a_signal_to_one_rank_in_any_phase_saves_exits_with_0_and_the_run_goes_o
         base, questions, tmp_path, whole, place, call, number, world, step):
     """Two ranks see what one sees, and stop and continue together; no other save was due."""
     folder, undisturbed = tmp_path / "run", whole("ppo")
-    work = functools.partial(
-        training, base, questions=questions, out_dir=folder, save_every=1000)
+    work = functools.partial(training, base, questions=questions, out_dir=folder, save_every=99)
     signals = functools.partial(raise_signals, number)
     accident = functools.partial(at, f"rl.{place}", call, signals, world - 1)
     assert run(tmp_path, work(accident), world) == [0] * world

@@ -18,7 +18,7 @@ from honest import BLOCKS, FUNCTIONS, PROSE
 from hostile import HOSTILE, MARK, POISON
 
 import verify
-from verify import (boxes, canonical, equal, gold_answer, maj_at_k, pass_at_k, read_rows, score,
+from verify import (BOX, canonical, equal, gold_answer, maj_at_k, pass_at_k, read_rows, score,
                     score_batch, summarize, table)
 
 CODE = "def simple_math_problem() -> int:\n    {}\n    return result"
@@ -27,8 +27,6 @@ BLOCK = ("Let's see.\n<llm-code>\n{}\n</llm-code>\n<llm-code-output>\n7\n</llm-c
          "So \\boxed{{7}}.")
 
 # ---------------------------------------------------------------- format and answer
-
-
 @pytest.mark.parametrize("completion, name, answer, failure", [
     (CODE.format('"""\n    \\boxed{9}\n    """\n    result = 14 // 2'), "tinygsm", "7", None),
     ("import math\n\ndef helper(x):\n    return math.floor(x)\n\n"
@@ -76,9 +74,11 @@ def test_every_completion_has_a_format_an_answer_and_a_reason(completion, name, 
 
 
 def test_nested_braces_and_unclosed_boxes():
-    assert boxes("a \\boxed{\\frac{1}{2}} b \\fbox {3}") == ["\\frac{1}{2}", "3"]
-    assert boxes("\\boxed{3} and \\boxed{4") == ["3"] and boxes("none") == []
-    assert boxes("\\boxed{" * 10**5) == [] and boxes("\\boxed{\\boxed{3}}") == ["\\boxed{3}"]
+    for text, found in (
+            ("a \\boxed{\\frac{1}{2}} b \\fbox {3}", ["\\frac{1}{2}", "3"]), ("none", []),
+            ("\\boxed{3} and \\boxed{4", ["3"]), ("\\boxed{" * 10**5, []), ("\\boxed x", []),
+            ("\\boxed{\\boxed{3}}", ["\\boxed{3}"]), ("\\boxed 25, \\boxed{ }", ["25", " "])):
+        assert BOX.findall(text) == found
 
 
 def test_shares_sum_to_one_whatever_the_completions_and_formats():
@@ -97,8 +97,6 @@ def test_shares_sum_to_one_whatever_the_completions_and_formats():
 
 
 # ---------------------------------------------------------------- equality
-
-
 def equality_cases() -> dict[str, list[str]]:
     """The lines of equality.txt by their kind: a prediction, == or !=, a gold answer."""
     text = Path(__file__).with_name("equality.txt").read_text("utf-8")
@@ -133,8 +131,6 @@ def test_floats_round_but_no_two_integers_are_equal(value, gold, right):
 
 
 # ---------------------------------------------------------------- real data
-
-
 @pytest.mark.parametrize("name", ["gsm8k_test.jsonl", "math500_test.json", "aime24.jsonl"])
 def test_every_real_gold_equals_itself_boxed_and_no_other(shared, name):
     rows = [row for _, row in read_rows(shared / name)]
@@ -184,8 +180,6 @@ def test_cases_from_bug_reports_are_mostly_right_and_hardly_ever_accepted_wrongl
 
 
 # ---------------------------------------------------------------- programs
-
-
 @pytest.mark.parametrize("group, name", [(FUNCTIONS, "tinygsm"), (BLOCKS, "omi1"), (PROSE, "text")])
 def test_honest_completions_of_many_styles_score_one(group, name):
     scores = score_batch([t for t, _ in group.values()], [gold for _, gold in group.values()], 60.0)
@@ -279,8 +273,6 @@ def test_without_the_interpreter_a_sentence_says_what_to_install():
 
 
 # ---------------------------------------------------------------- pass@k, maj@k, files
-
-
 @pytest.mark.parametrize("n", range(1, 6))
 def test_pass_at_k_is_the_share_of_draws_with_a_correct_one(n):
     for c, k in ((c, k) for c in range(n + 1) for k in range(1, n + 1)):
@@ -313,16 +305,17 @@ def test_files_of_other_systems_are_read_line_by_line(tmp_path):
     data = b"\xef\xbb\xbf" + b"\r\n".join(lines)
     (tmp_path / "f.jsonl").write_bytes(data)
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(data))
-    (tmp_path / "f.json").write_text('[{"a": 1}, 2]')
+    (tmp_path / "f.json").write_text('[{"a": NaN}, 2]')
     for name in ("f.jsonl", "f.jsonl.gz"):
         rows = dict(read_rows(tmp_path / name))
         assert list(rows) == [1, 3, 4, 5, 6] and rows[1] == {"a": "x\u2028y\u0085z"}
         assert rows[3]["a"][:3] == "caf" and all("JSON" in rows[number] for number in (4, 5, 6))
     (first, one), (second, two) = read_rows(tmp_path / "f.json")
-    assert (first, one, second) == (1, {"a": 1}, 2) and "not a JSON object" in two
+    assert (first, one, second) == (1, {"a": None}, 2) and "not a JSON object" in two
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
+    (tmp_path / "empty.json").write_bytes(b"[\n]")
     (tmp_path / "no.gz").write_bytes(b"no")
-    for name in ("none.jsonl", "", "empty.jsonl", "no.gz"):
+    for name in ("none.jsonl", "", "empty.jsonl", "empty.json", "no.gz"):
         with pytest.raises(ValueError, match="cannot be read|is empty"):
             list(read_rows(tmp_path / name))
 
@@ -330,6 +323,7 @@ def test_files_of_other_systems_are_read_line_by_line(tmp_path):
 def test_a_gold_answer_is_found_behind_hashes_in_the_last_box_or_as_it_is():
     assert gold_answer("so <<3+4=7>>7\n#### 7,000 ") == "7,000" and gold_answer(7) == "7"
     assert gold_answer("\\boxed{1} or \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert gold_answer("We find $x = 1/2$ or $x = 2$: our answer is $\\boxed 2$.") == "2"
     for value in (None, "", " ", "#### ", [7], {"a": 7}, True):
         with pytest.raises(ValueError, match="no answer in"):
             gold_answer(value)
@@ -341,17 +335,18 @@ def run_verify(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def test_the_command_line_prints_the_table_and_names_bad_lines(tmp_path):
-    """Questions that shared an id were taken for one, and "false" for true."""
+    """Questions that shared an id, or had none, were taken for one, and "false" for true."""
     file = tmp_path / "completions é.jsonl"
     rows = [{"id": 0, "completion": f"\\boxed{{{gold + wrong}}}", "gold": f"\\boxed{{{gold}}}"}
             for gold in (7, 8, 9) for wrong in (0, 1)]
     bad = ["{broken", '{"gold": 1}', "[1]", json.dumps({**rows[0], "greedy": "false"})]
-    file.write_text("\n".join([*map(json.dumps, rows), *bad]))
+    unnamed = json.dumps({"id": None, "completion": "7", "gold": 7, "greedy": True})
+    file.write_text("\n".join([*map(json.dumps, rows), *bad, unnamed, unnamed]))
     done = run_verify(file, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and "6 completions of 3 questions" in done.stdout
-    assert "maj@2" in done.stdout and "pass@2" in done.stdout and "{'wrong': 3}" in done.stdout
-    for words in ("4 lines passed over", "line 7: is not", "line 8: needs completion (a text) and "
-                  "gold, and has gold", "line 9: is not a JSON object", "line 10: greedy must be"):
+    assert done.returncode == 0 and "8 completions of 5 questions" in done.stdout
+    assert "maj@2" in done.stdout and "pass@2" in done.stdout
+    for words in ("{'wrong': 3, 'no answer': 2}", "4 lines passed over", "line 7: is not",
+                  "line 8: needs completion (a text) and gold, and has gold", "line 9: is not a JSON object", "line 10: greedy must be"):
         assert words in done.stdout
     if sys.platform != "win32":  # a pipe that closes is no reason to complain
         piped = f"{sys.executable} {verify.__file__} '{file}' | head -1"
