@@ -339,6 +339,8 @@ def test_the_run_folder_holds_what_the_design_promises(whole, data_dir, capsys):
     starts = [pretrain.load_model(path, "cpu") for path in (whole, whole / "ckpt.pt")]  # as rl.py
     last, same = (pretrain.fingerprint(model) for model, _ in starts)
     assert {tokenizer for _, tokenizer in starts} == {"toy"} and last == same
+    with pytest.raises(UserError, match="cannot be read"):  # as of step_NNNNNN.pt in its place
+        pretrain.load_checkpoint(whole / "ckpt.pt", "critic")
     assert pretrain.main(settings(whole, data_dir))["step"] == 8  # a finished run only says so
     assert "is finished" in capsys.readouterr().out and rows_of(whole) == found
 

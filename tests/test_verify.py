@@ -346,7 +346,8 @@ def test_the_command_line_prints_the_table_and_names_bad_lines(tmp_path):
     assert done.returncode == 0 and "8 completions of 5 questions" in done.stdout
     assert "maj@2" in done.stdout and "pass@2" in done.stdout
     for words in ("{'wrong': 3, 'no answer': 2}", "4 lines passed over", "line 7: is not",
-                  "line 8: needs completion (a text) and gold, and has gold", "line 9: is not a JSON object", "line 10: greedy must be"):
+                  "line 8: needs completion (a text) and gold, and has gold",
+                  "line 9: is not a JSON object", "line 10: greedy must be"):
         assert words in done.stdout
     if sys.platform != "win32":  # a pipe that closes is no reason to complain
         piped = f"{sys.executable} {verify.__file__} '{file}' | head -1"
