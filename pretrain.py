@@ -105,7 +105,7 @@ def main(cfg: Config) -> dict:
     manifest, step, evaluation, stopping = mixture.manifest(), 0, {}, False
 
     def due(every: int) -> bool:
-        return step > 0 and every > 0 and (step % every == 0 or step == total)
+        return step > 0 and (step % every == 0 or step == total)
 
     with Run(cfg, processes, total, manifest) as run:
         if state := run.load():

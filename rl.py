@@ -401,10 +401,8 @@ class Trainer:
 
 def make_minibatches(rows: list[Row], step: int, lab: Lab) -> list[tuple[list[Batch], int]]:
     """The rollout, shuffled and dealt evenly into minibatches: of each, this rank's batches, and
-    the number of all ranks' tokens.
-
-    Groups stay whole, so that a prompt is read once for all its completions; ei takes single
-    completions, those that it learns from.
+    the number of all ranks' tokens. Groups stay whole, so that a prompt is read once for all its
+    completions; ei takes single completions, those that it learns from.
     """
     cfg, processes, advantage = lab.cfg, lab.run.processes, row_advantage(rows, lab.cfg)
     groups = np.arange(len(rows)).reshape(-1, 1 if cfg.algo == "ei" else cfg.group_size)
@@ -472,8 +470,8 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
     cfg, processes, metrics = lab.cfg, lab.run.processes, {}
     minibatches = make_minibatches(rows, step, lab)
     if on_policy(cfg):
-        batches = [batch for batches, _ in minibatches for batch in batches]
-        metrics = look_back(batches, policy, critic, reference, lab)
+        metrics = look_back([batch for batches, _ in minibatches for batch in batches],
+                            policy, critic, reference, lab)
     updates, norms, critic_norms, seen = cfg.epochs * len(minibatches), [], [], []
 
     def loss_of_policy(batch: Batch) -> torch.Tensor:
@@ -487,6 +485,8 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
         return clipped_value(critic.called(batch), batch.old_value, batch.returns)
 
     for done in range(updates):
+        if not on_policy(cfg) and lab.run.stopping():  # a round has too many to wait for
+            raise KeyboardInterrupt  # and saves no weights that are between two rounds
         batches, tokens = minibatches[done % len(minibatches)]
         share = (done + 1) / updates  # the schedule is that of the run, or of a round from the base
         progress = share if restarts(cfg) else (step + share) / cfg.max_steps
@@ -504,8 +504,7 @@ def learn(rows: list[Row], step: int, policy: Trainer, critic, reference, lab: L
         first = max((float(s[2]) for s in seen[: len(minibatches[0][0])]), default=0.0)
         metrics["clip_fraction"] = outside / total
         metrics["ratio_max_dev"] = max(processes.gather(first))
-    return {**metrics, "grad_norm": max(found[: max(1, len(norms))]),
-            "lr": policy.optimizer.param_groups[0]["lr"]}
+    return {**metrics, "grad_norm": max(found[: max(1, len(norms))]), "lr": rate * policy.peak}
 
 
 def restarts(cfg) -> bool:
@@ -664,7 +663,7 @@ def main(cfg: Config) -> dict:
             save_run()
             run.say(f"stopped at step {step}: the same command continues it; what was sampled of a "
                     "rollout that is not finished (of ei: a round) is sampled again")
-            return evaluations[-1] if evaluations else {}
+            return {}
         save_run()
         first, last = evaluations[0], evaluations[-1]
         run.say(f"\n{cfg.algo} on {last['task']}, {last['n']} questions, 95% intervals; "

@@ -68,8 +68,7 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 # ---------------------------------------------------------------- the answer in prose
 INSIDE = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+\})*+"
-BOX = re.compile(  # \boxed{...}, with braces four deep, or \boxed 5
-    rf"\\(?:boxed|fbox)(?:\s*\{{|\s+(?=\d))((?<=\{{){INSIDE}(?=\}})|(?<!\{{)\d+)")
+BOX = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s+(?=\d))((?<=\{{){INSIDE}(?=\}})|(?<!\{{)\d+)")
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]ns(?:wer)?(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
@@ -156,9 +155,7 @@ def plain(value, depth: int = 0) -> str:
 
 
 # ---------------------------------------------------------------- equality: one spelling
-# Two answers are equal when their canonical forms are. A text is first rid of what changes no
-# meaning (fonts, spacing, currency, units), then read by the grammar below. What cannot be read is
-# compared by its spelling. Nothing is ever evaluated as Python.
+# An answer is cleaned, then read by the grammar below; what that cannot read keeps its spelling.
 
 CHARACTERS = str.maketrans("−‐‑‒–—×·⋅•∙∗÷⁄∕$€£¥~“”`\"", "------******///         ")
 MEANINGS = dict(zip(*[iter(r"""\le <= \leq <= \leqslant <= ≤ <= \ge >= \geq >= \geqslant >= ≥ >= \ne
@@ -408,8 +405,8 @@ def equal(prediction: str, gold: str) -> bool:
     ours, theirs = canonical(prediction), canonical(gold)
     if ours == theirs:
         return prediction.strip() != ""
-    if prediction[:1] == "[" and theirs[0] == "set":  # a list of Python's
-        return canonical(prediction[1:-1]) == theirs
+    if "set" in (ours[0], theirs[0]):  # one of several answers is none; a list may be Python's
+        return prediction[:1] == "[" and canonical(prediction[1:-1]) == theirs
     if "=" in prediction and "=" in gold:  # one may be solved for a variable
         both = (re.sub("^([^=]+)=([^=]+)$", r"\1-(\2)=0", text) for text in (prediction, gold))
         return operator.eq(*map(canonical, both))
@@ -431,7 +428,10 @@ def score_batch(completions: list, golds: list, time_limit=TIME_LIMIT) -> list[S
         for place, program in jobs:
             ran[place] = run_program(*program)
     with ThreadPoolExecutor(WORKERS) as threads:
-        list(threads.map(work, programs[:WORKERS]))  # raises what a thread raised
+        try:
+            list(threads.map(work, programs[:WORKERS]))  # raises what a thread raised
+        finally:
+            list(jobs)  # whoever is interrupted does not wait for the rest
     scores, results = [], iter(ran)
     for text, gold, (name, code) in zip(texts, map(str, golds), split, strict=True):
         answer, failure = next(results) if code else (None, "error" if code == "" else "")
@@ -573,8 +573,8 @@ objects with completion, gold (also a worked solution), id or question, greedy: 
             if row.setdefault("greedy", False) not in (True, False):
                 raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
             gold = gold_answer(row["gold"])
-            unnamed = row.get("id") is row.get("question") is None and number
-            asked = json.dumps([row.get("id"), row.get("question"), gold, unnamed])  # id: shared
+            name = row.get("question", row.get("problem", row.get("id")))  # an id may be shared
+            asked = json.dumps([name, gold, name is None and number])
             rows.append(row | {"gold": gold, "id": places.setdefault(asked, len(places))})
         except ValueError as error:
             bad.append(f"line {number}: {error}")
@@ -595,6 +595,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, ImportError) as error:
-        print(f"verify.py: {error}", file=sys.stderr)
+    except (ValueError, ImportError, KeyboardInterrupt) as error:
+        print(f"verify.py: {error or 'stopped'}", file=sys.stderr)
         sys.exit(2)

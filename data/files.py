@@ -53,8 +53,8 @@ def nested(value, *keys) -> dict:
 
 
 def fingerprint(value) -> str:
-    """A short checksum of a model's weights, or of plain data."""
+    """A short checksum of a model's weights and shape, or of plain data."""
     if hasattr(value, "state_dict"):
         value = {name: hashlib.sha256(weight.cpu().numpy()).hexdigest()
-                 for name, weight in value.state_dict().items()}
+                 for name, weight in value.state_dict().items()} | vars(value.config)
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

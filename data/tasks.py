@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import re
+import unicodedata
 from typing import NamedTuple
 
 from data import UserError, reason, toy
@@ -28,8 +30,9 @@ class Question(NamedTuple):
 
     @property
     def wording(self) -> str:
-        """What makes two questions equal, whatever their ids, golds and blanks."""
-        return " ".join(self.question.split())
+        """What makes two questions equal, whatever their ids, golds, blanks and encodings."""
+        visible = re.sub("[\u00ad\u200b-\u200d\u2060\ufeff]", "", self.question)
+        return " ".join(unicodedata.normalize("NFKC", visible).split())
 
 
 def load_questions(task: str, split: str, hub: str = "", file: str = "") -> list[Question]:

@@ -28,7 +28,6 @@ from hostile import CHEATS, CODE  # noqa: E402
 from model import generate  # noqa: E402
 from verify import score_batch  # noqa: E402
 
-
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 

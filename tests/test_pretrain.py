@@ -231,8 +231,7 @@ def test_waiting_threads_soon_sleep_unless_the_user_says_how_they_wait(told, exp
     (RuntimeError("CUDA error: peer access is not supported"), None)])
 def test_what_is_no_fault_of_the_code_is_one_sentence_and_nothing_else_is(
         monkeypatch, error, sentence):
-    """A terminal that is not UTF-8 ended a training that was done with a UnicodeEncodeError; "peer
-    access is not supported" was taken for a rank that had died."""
+    """A terminal that is not UTF-8 ended a training; "peer access" was taken for a dead rank."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
     monkeypatch.setattr(sys, "argv", ["rl.py"])
@@ -347,8 +346,7 @@ def test_the_run_folder_holds_what_the_design_promises(whole, data_dir, capsys):
 
 def test_a_folder_and_the_signals_are_a_run_s_until_it_ends_however(
         tmp_path, data_dir, monkeypatch):
-    """Two runs mixed their rows in one metrics.jsonl. Workers that a notebook forks after a run
-    are ended with SIGTERM."""
+    """Two runs mixed their rows in one metrics.jsonl; a notebook's worker is ended by SIGTERM."""
     cfg = settings(tmp_path, data_dir, overwrite=True, max_steps=1)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pretrain.Run(cfg, pretrain.setup_distributed("cpu"), 1, {"a": 1}):
@@ -371,8 +369,7 @@ def test_a_folder_and_the_signals_are_a_run_s_until_it_ends_however(
     ("metrics.jsonl", b".$", b"", "is cut")])
 def test_what_a_run_cannot_go_on_from_is_a_sentence_and_only_a_run_is_cleared(
         whole, tmp_path, data_dir, name, part, new, message):
-    """A deleted metrics.jsonl was continued with NUL bytes, an empty config.json or a link as the
-    folder a traceback; tokens were told apart by name, and others trained on without a word."""
+    """NUL bytes behind a deleted metrics.jsonl, tracebacks, tokens told apart by name alone."""
     folder, link = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "link"
     link.symlink_to(folder)
     content, other = (folder / name).read_bytes(), folder / "step_000003.pt"
@@ -454,14 +451,10 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(tmp_path, data
     assert checkpoint(folder)["step"] == 3 and not list(folder.glob("*.tmp"))
 
 
-def close_stdout() -> None:
-    reads, writes = os.pipe()
-    os.close(reads), os.dup2(writes, 1)
-
-
 def test_a_pipe_that_closes_stops_a_run_as_a_signal_does(tmp_path, data_dir, whole):
     """At Ctrl-C `| tee log` ends first; what was behind the last checkpoint was lost."""
-    closed = partial(at, "pretrain.Mixture.batch", 5, close_stdout, 0)
+    close = partial(exec, "import os; r, w = os.pipe(); os.close(r), os.dup2(w, 1)")
+    closed = partial(at, "pretrain.Mixture.batch", 5, close, 0)
     assert run(tmp_path, pretraining(data_dir, closed, log_every=1)) == [0]
     assert checkpoint(tmp_path / "0" / "run")["step"] == 6
     assert run(tmp_path, pretraining(data_dir)) == [0]

@@ -217,8 +217,7 @@ def learned(processes=CPU, layers=2, rows=None, hook=None, **changes) -> tuple[l
 @pytest.mark.parametrize("algo", ["ppo", "grpo", "reinforce", "ei"])
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_the_gradient_is_the_same_for_every_way_to_split_a_minibatch(algo, micro_batch_size):
-    """Sequences of unequal length, averaged per micro-batch, are weighed wrongly (trl#2647);
-    of the critic's gradient it is as true."""
+    """Averages over micro-batches weigh sequences of unequal length wrongly (trl#2647)."""
 
     def gradients(size: int) -> list:
         found = []
@@ -466,17 +465,21 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(
 
 @pytest.mark.parametrize("place, call, number, world, step", [
     ("generate", 1, signal.SIGTERM, 1, 0), ("generate", 4, signal.SIGINT, 1, 1),
+    ("schedule", 5, signal.SIGTERM, 1, 1),  # amid a round of ei, of which nothing is saved
     ("learn", 2, signal.SIGTERM, 1, 2), ("evaluate", 2, signal.SIGINT, 1, 3),
     ("generate", 5, signal.SIGTERM, 2, 2), ("learn", 2, signal.SIGTERM, 2, 2)])
 def test_a_signal_to_one_rank_in_any_phase_saves_exits_with_0_and_the_run_goes_on(
         base, questions, tmp_path, whole, place, call, number, world, step):
     """Two ranks see what one sees, and stop and continue together; no other save was due."""
-    folder, undisturbed = tmp_path / "run", whole("ppo")
-    work = functools.partial(training, base, questions=questions, out_dir=folder, save_every=99)
+    name, ends, every = ("ei", 2, 1) if place == "schedule" else ("ppo", 0, 99)
+    folder, undisturbed = tmp_path / "run", whole(name)
+    work = functools.partial(training, base, questions=questions, out_dir=folder,
+                             save_every=every, **VARIANTS[name])
     signals = functools.partial(raise_signals, number)
     accident = functools.partial(at, f"rl.{place}", call, signals, world - 1)
-    assert run(tmp_path, work(accident), world) == [0] * world
-    assert "the same command continues it" in (tmp_path / "0" / "stdout").read_text()
+    assert run(tmp_path, work(accident), world) == [ends] * world
+    said = "".join((tmp_path / "0" / std).read_text() for std in ("stdout", "stderr"))
+    assert ("the same command starts again" if ends else "the same command continues it") in said
     assert torch.load(folder / "ckpt.pt", weights_only=True)["step"] == step
     assert run(tmp_path, work(), world) == [0] * world
     if world == 1:
@@ -652,8 +655,7 @@ def test_optimal_shares_are_those_of_a_small_world():
 
 def test_the_full_tilt_is_what_rejection_accepts():
     """Of the authors' solutions: exact samples of pi e^(r / beta) / Z are those that are kept with
-    the chance e^((r - 1) / beta).
-    """
+    the chance e^((r - 1) / beta)."""
     rng, beta, samples, kept = random.Random(0), 0.5, [], Counter()
     for name, format in (("toy-tinygsm@div=sub", "tinygsm"), ("toy-omi2", "text")):
         told = toy.problems("train", toy.AUTHORS.index(name.partition("@")[0]))
@@ -662,9 +664,8 @@ def test_the_full_tilt_is_what_rejection_accepts():
             reward = score(document.partition("\n\n")[2], answer).reward
             samples.append({"place": i % 3, "format": format, "reward": reward})
     for _ in range(200):
-        for s in samples:
-            if rng.random() < math.exp((s["reward"] - 1) / beta):
-                kept[s["place"], s["format"]] += 1
+        kept.update((s["place"], s["format"]) for s in samples
+                    if rng.random() < math.exp((s["reward"] - 1) / beta))
     share = np.mean([kept[q, "text"] / (kept[q, "text"] + kept[q, "tinygsm"]) for q in range(3)])
     assert abs(rl.optimal_shares(samples, beta)["full tilt"]["text"]["share"] - share) < 0.005
     assert share < 0.47  # the careless author loses

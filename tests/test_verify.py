@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 
 import pytest
@@ -266,6 +266,14 @@ def test_a_program_whose_worker_is_killed_from_outside_gets_another():
     assert [s.failure for s in found] == [None, None]
 
 
+def test_whoever_is_interrupted_waits_for_no_program_that_has_not_begun(monkeypatch):
+    began, slowly = count(), lambda *_: time.sleep(0.05) or ("7", "")
+    monkeypatch.setattr(verify, "run_program", lambda *job: slowly() if next(began) else sys.exit())
+    with pytest.raises(SystemExit):
+        score_batch([GOOD] * 2000, ["7"] * 2000)
+    assert next(began) < 2000
+
+
 def test_without_the_interpreter_a_sentence_says_what_to_install():
     script = "import sys; sys.modules['pydantic_monty'] = None\n" + SCRIPT
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -337,8 +345,8 @@ def run_verify(*arguments, **options) -> subprocess.CompletedProcess:
 def test_the_command_line_prints_the_table_and_names_bad_lines(tmp_path):
     """Questions that shared an id, or had none, were taken for one, and "false" for true."""
     file = tmp_path / "completions é.jsonl"
-    rows = [{"id": 0, "completion": f"\\boxed{{{gold + wrong}}}", "gold": f"\\boxed{{{gold}}}"}
-            for gold in (7, 8, 9) for wrong in (0, 1)]
+    rows = [{"id": wrong, "problem": f"{gold}?", "completion": f"\\boxed{{{gold + wrong}}}",
+             "gold": f"\\boxed{{{gold}}}"} for gold in (7, 8, 9) for wrong in (0, 1)]
     bad = ["{broken", '{"gold": 1}', "[1]", json.dumps({**rows[0], "greedy": "false"})]
     unnamed = json.dumps({"id": None, "completion": "7", "gold": 7, "greedy": True})
     file.write_text("\n".join([*map(json.dumps, rows), *bad, unnamed, unnamed]))
