@@ -140,8 +140,7 @@ def sample(cfg, processes) -> None:
     """Tokens a second of model.generate on random weights, best of --max_steps rounds.
 
     256 prompts of 48 tokens. Mixed lengths: each token ends its completion with the probability
-    at which the mean length is 30% of the limit; only tokens up to the end count.
-    """
+    at which the mean length is 30% of the limit; only tokens up to the end count."""
     device, V, B, P = processes.device, vocabulary(cfg.tokenizer), 256, 48
     model = pretrain.build_model(cfg, V, device).eval()
     model.head.bias = torch.nn.Parameter(torch.zeros(V, device=device))
@@ -207,8 +206,7 @@ def memory(cfg, processes) -> None:
     of C a token: the inputs of two LayerNorms, in fp32; in bf16 their outputs (2), q turned (1),
     attention's output (1), gate, silu(gate), up and their product (4 x 4), all keys and values
     (2); and for the prompt q, k and v as projected and k turned (4). The last LayerNorm keeps its
-    input, the head its input, and all layers share the mask.
-    """
+    input, the head its input, and all layers share the mask."""
     def power_of_two(room: float, most: int) -> int:  # up to both; 0 where there is none
         return (1 << int(max(0, min(room, most))).bit_length()) >> 1
 

@@ -568,11 +568,12 @@ def test_a_run_goes_on_only_with_the_base_and_the_questions_that_it_began_with(
     with pytest.raises(UserError, match="content of test questions"):
         rl.main(cfg)
     file.write_bytes(Path(questions).read_bytes())
-    state = torch.load(weights, weights_only=True)
-    state["model"]["embed.weight"] += 1
-    torch.save(state, weights)
-    with pytest.raises(UserError, match="content of base"):
-        rl.main(cfg)
+    for part, name in (("model", "embed.weight"), ("gpt", "rope_base")):
+        state = torch.load(Path(base) / "ckpt.pt", weights_only=True)
+        state[part][name] += 1
+        torch.save(state, weights)
+        with pytest.raises(UserError, match="content of base"):
+            rl.main(cfg)
 
 
 def test_a_task_may_bring_a_judge_of_its_own(base, questions, tmp_path, monkeypatch):
