@@ -562,7 +562,7 @@ def main(argv: list[str]) -> None:
     """Prints pass@1, pass@k, maj@k, share and accuracy of each format, and failures by kind."""
     if len(argv) != 1 or argv[0].startswith("-"):
         raise ValueError("""usage: python verify.py FILE, a .jsonl or an array in .json, also .gz:
-objects with completion, gold (also a worked solution), id or question, greedy: true for pass@1""")
+objects with completion, gold (also a worked solution), question or id, greedy: true for pass@1""")
     rows, bad, places = [], [], {}
     for number, row in read_rows(argv[0]):
         try:
