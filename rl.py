@@ -588,7 +588,7 @@ def snapshot_steps(total: int) -> set[int]:
 
 
 def main(cfg: Config) -> dict:
-    """Trains for max_steps rollouts (or only evaluates); returns the last evaluation row."""
+    """Trains for max_steps rollouts, or only evaluates; returns the last evaluation, or {}."""
     check(cfg)
     name = f"eval-{cfg.eval_task or cfg.task}" if cfg.algo == "eval" else cfg.algo
     cfg = dataclasses.replace(cfg, out_dir=cfg.out_dir or f"out/{name}")

@@ -68,7 +68,7 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 # ---------------------------------------------------------------- the answer in prose
 INSIDE = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+\})*+"
-BOX = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s+(?=\d))((?<=\{{){INSIDE}(?=\}})|(?<!\{{)\d+)")
+BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{?((?<=\{{){INSIDE}(?=\}})|(?<!\{{)[\d.,/]*\d)")  # or bare
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]ns(?:wer)?(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
@@ -405,8 +405,8 @@ def equal(prediction: str, gold: str) -> bool:
     ours, theirs = canonical(prediction), canonical(gold)
     if ours == theirs:
         return prediction.strip() != ""
-    if "set" in (ours[0], theirs[0]):  # one of several answers is none; a list may be Python's
-        return prediction[:1] == "[" and canonical(prediction[1:-1]) == theirs
+    if "set" in (ours[0], theirs[0]):  # one of several numbers is none; a list may be Python's
+        return ours[0] == "[]" and canonical(prediction[1:-1]) == theirs
     if "=" in prediction and "=" in gold:  # one may be solved for a variable
         both = (re.sub("^([^=]+)=([^=]+)$", r"\1-(\2)=0", text) for text in (prediction, gold))
         return operator.eq(*map(canonical, both))
@@ -573,7 +573,7 @@ objects with completion, gold (also a worked solution), question or id, greedy: 
             if row.setdefault("greedy", False) not in (True, False):
                 raise ValueError(f"greedy must be true or false, not {row['greedy']!r}")
             gold = gold_answer(row["gold"])
-            name = row.get("question", row.get("problem", row.get("id")))  # an id may be shared
+            name = row.get("question") or row.get("problem") or row.get("id")  # may be shared
             asked = json.dumps([name, gold, name is None and number])
             rows.append(row | {"gold": gold, "id": places.setdefault(asked, len(places))})
         except ValueError as error:
@@ -596,5 +596,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, KeyboardInterrupt) as error:
-        print(f"verify.py: {error or 'stopped'}", file=sys.stderr)
+        print(f"verify.py: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)

@@ -77,7 +77,7 @@ def test_nested_braces_and_unclosed_boxes():
     for text, found in (
             ("a \\boxed{\\frac{1}{2}} b \\fbox {3}", ["\\frac{1}{2}", "3"]), ("none", []),
             ("\\boxed{3} and \\boxed{4", ["3"]), ("\\boxed{" * 10**5, []), ("\\boxed x", []),
-            ("\\boxed{\\boxed{3}}", ["\\boxed{3}"]), ("\\boxed 25, \\boxed{ }", ["25", " "])):
+            ("\\boxed{\\boxed{3}}", ["\\boxed{3}"]), ("\\boxed 1.5, \\boxed5{ }", ["1.5", "5"])):
         assert BOX.findall(text) == found
 
 
@@ -345,8 +345,8 @@ def run_verify(*arguments, **options) -> subprocess.CompletedProcess:
 def test_the_command_line_prints_the_table_and_names_bad_lines(tmp_path):
     """Questions that shared an id, or had none, were taken for one, and "false" for true."""
     file = tmp_path / "completions é.jsonl"
-    rows = [{"id": wrong, "problem": f"{gold}?", "completion": f"\\boxed{{{gold + wrong}}}",
-             "gold": f"\\boxed{{{gold}}}"} for gold in (7, 8, 9) for wrong in (0, 1)]
+    rows = [{"id": wrong, "question": None, "problem": f"{gold}?", "gold": f"\\boxed{{{gold}}}",
+             "completion": f"\\boxed{{{gold + wrong}}}"} for gold in (7, 8, 9) for wrong in (0, 1)]
     bad = ["{broken", '{"gold": 1}', "[1]", json.dumps({**rows[0], "greedy": "false"})]
     unnamed = json.dumps({"id": None, "completion": "7", "gold": 7, "greedy": True})
     file.write_text("\n".join([*map(json.dumps, rows), *bad, unnamed, unnamed]))
