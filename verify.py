@@ -68,7 +68,7 @@ def split_format(completion: str) -> tuple[str, str | None]:
 
 # ---------------------------------------------------------------- the answer in prose
 INSIDE = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+\})*+"
-BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{?((?<=\{{){INSIDE}(?=\}})|(?<!\{{)[\d.,/]*\d)")  # or bare
+BOX = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s+)((?<=\{{){INSIDE}(?=\}})|(?<!\{{)[\d.,/]*\d)")
 # what announces an answer, and the rest of the line; then, what ends the answer within it
 STATED = re.compile(
     r"(?:####|\b[Aa]ns(?:wer)?(?: is\b:?|:))[*\s:`]{0,9}(?:\\[\[(]\s*|\$+\s*)?(?=([^\n]{1,300}))")
