@@ -66,7 +66,7 @@ def split_format(completion: str) -> tuple[str, str | None]:
     return "text", None
 
 
-# ---------------------------------------------------------------- the answer in prose
+# ------------------------ the answer in prose: in \boxed{...}, braces four deep, or \boxed 5
 INSIDE = r"(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\})*+\})*+"
 BOX = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s+)((?<=\{{){INSIDE}(?=\}})|(?<!\{{)[\d.,/]*\d)")
 # what announces an answer, and the rest of the line; then, what ends the answer within it
